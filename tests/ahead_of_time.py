@@ -1,0 +1,138 @@
+"""Compiles recorded kernel launches for GPUs that need not be there, and reads the compiler's resource report."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one block can have (CUDA programming guide; CDNA 3 ISA guide for the LDS of gfx942).
+SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+_MATRIX_INSTRUCTION = {
+    "sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bWGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": r"\bv_mfma_"
+}  # fmt: skip
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_BIN = Path(nvidia.__file__).parent / "bin"
+
+
+@dataclass
+class Launch:
+    """One recorded call of a kernel: `kernel[grid](*args, **options)`."""
+
+    kernel: JITFunction
+    values: dict[str, object]
+    options: dict[str, int]
+
+
+@dataclass
+class Resources:
+    """What a compiled kernel uses: 32-bit registers and spilled bytes a thread, shared memory bytes a block.
+
+    `loops` counts the instructions of each loop in program order.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_memory: int
+    matrix_instructions: int
+    loops: list[int]
+    listing: str = field(repr=False)
+
+
+def record_launches(run: Callable[[], object]) -> list[Launch]:
+    """Calls run() with every kernel launch recorded instead of executed."""
+    launches = []
+    original = JITFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        names = self.arg_names
+        values = dict(zip(names, args, strict=False)) | {k: x for k, x in kwargs.items() if k in names}
+        launches.append(Launch(self, values, {k: x for k, x in kwargs.items() if k not in names}))
+
+    JITFunction.run = record
+    try:
+        run()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compiles one recorded launch with the specialisation that the runtime would give it."""
+    signature, constexprs, attrs = {}, {}, {}
+    for position, param in enumerate(launch.kernel.params):
+        value = launch.values[param.name]
+        if param.is_constexpr or value is None:
+            signature[param.name], constexprs[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        elif not param.do_not_specialize and value == 1:
+            signature[param.name], constexprs[param.name] = "constexpr", value
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not param.do_not_specialize and value % 16 == 0:
+                attrs[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    return _amd_resources(compiled) if target.startswith("gfx") else _nvidia_resources(compiled, target)
+
+
+def _nvidia_resources(compiled, target: str) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [_BIN / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        listing = subprocess.run(
+            [_BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    return Resources(
+        registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
+        spill_bytes=int(re.search(r"\bSTACK:(\d+)", usage)[1]),
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], listing)),
+        loops=_loops(listing),
+        listing=listing,
+    )
+
+
+def _loops(listing: str) -> list[int]:
+    """Lengths of the innermost loops: from a label to the branch back to it, without another label's loop inside."""
+    address, labels, loops = 0, {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = address
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            address += 1
+            branch = re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels and address - labels[branch[1]] > 1:
+                loops.append(address - labels[branch[1]])
+    return loops
+
+
+def _amd_resources(compiled) -> Resources:
+    listing = compiled.asm["amdgcn"]
+    return Resources(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1]),
+        spill_bytes=4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", listing)[1]),
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION["gfx942"], listing)),
+        loops=[],
+        listing=listing,
+    )

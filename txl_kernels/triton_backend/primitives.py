@@ -1,0 +1,173 @@
+"""Named steps of the kernels, shared by forward and backward so that shift and mask cannot disagree.
+
+Notation: B batch, H heads, T queries, S keys, P rows of r, D head size; i query, j key, p row of r.
+Row p of r serves the pair (i, j) when p = j - i + rel_offset, with rel_offset = first_distance - (S - T).
+Query i sees the keys j < min(S, i + reach): reach = S - T + 1 when causal, S when not.
+
+One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p].
+
+The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
+the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e holding the rows c - e N ... c - e N + N - 1,
+and let raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in raw[(ii + x) // N][ii, x]:
+a select on constants, then a rotation of every row by its own index.
+
+A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def head_pointer(ptr, stride_b, stride_h, b, h, ALIGNED: tl.constexpr):
+    """Start of one (batch, head). ALIGNED promises 16 bytes, which the unspecialised strides do not show."""
+    ptr += b * stride_b + h * stride_h
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def load_rows(matrix, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(len(rows), BLOCK_D); rows that the matrix does not have and padding columns are 0."""
+    ptr, stride_row, n_rows = matrix
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = ((rows >= 0) & (rows < n_rows))[:, None]
+    if D < BLOCK_D:
+        inside = inside & (offs_d < D)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, x, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores x (len(rows), BLOCK_D), cast to the pointer's type, into the rows that exist."""
+    ptr, stride_row, n_rows = matrix
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (rows < n_rows)[:, None]
+    if D < BLOCK_D:
+        inside = inside & (offs_d < D)[None, :]
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_bias(ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Row h of a contiguous (H, D) bias in float32, (BLOCK_D,)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + h * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_query(matrix, rows, u_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The query operand q + u of both score terms, added in float32, in the dtype of q; (len(rows), BLOCK_D)."""
+    q = load_rows(matrix, rows, D, BLOCK_D)
+    if u_ptr is not None:
+        q = (q.to(tl.float32) + load_bias(u_ptr, h, D, BLOCK_D)[None, :]).to(q.dtype)
+    return q
+
+
+@triton.jit
+def load_column(column_ptr, rows, n_rows):
+    """column[p] for the given rows of r, 0 outside the table; (len(rows),)."""
+    return tl.load(column_ptr + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
+
+
+@triton.jit
+def position_block(
+    q,
+    r_matrix,
+    column_ptr,
+    rows,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """raw[ii, x] = (q_ii + v) . r[rows[x]], (M, len(rows))."""
+    r = load_rows(r_matrix, rows, D, BLOCK_D)
+    raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
+    if column_ptr is not None:
+        raw += load_column(column_ptr, rows, r_matrix[2])[None, :]
+    return raw
+
+
+@triton.jit
+def block_of(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """e[ii, x] = (ii + x) // N, the number of the block that row ii needs at column x."""
+    return (tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, BLOCK_N)[None, :]) // BLOCK_N
+
+
+@triton.jit
+def select_block(blocks, e):
+    """blocks[e[ii, x]][ii, x] of a tuple of (M, N) blocks."""
+    selected = blocks[0]
+    for g in tl.static_range(1, len(blocks)):
+        selected = tl.where(e == g, blocks[g], selected)
+    return selected
+
+
+@triton.jit
+def rotate_right(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y[ii, jj] = x[ii, (jj - ii) mod N]: from rows of r to keys."""
+    columns = tl.arange(0, BLOCK_N)[None, :] - tl.arange(0, BLOCK_M)[:, None]
+    return tl.gather(x, columns & (BLOCK_N - 1), axis=1)
+
+
+@triton.jit
+def rotate_left(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y[ii, x] = x[ii, (x + ii) mod N]: from keys to rows of r, the inverse of rotate_right."""
+    columns = tl.arange(0, BLOCK_N)[None, :] + tl.arange(0, BLOCK_M)[:, None]
+    return tl.gather(x, columns & (BLOCK_N - 1), axis=1)
+
+
+@triton.jit
+def visible_mask(offs_m, offs_n, S, reach):
+    """True where query i may attend to key j; the two index arrays broadcast against each other."""
+    return (offs_n >= 0) & (offs_n < S) & (offs_n < offs_m + reach)
+
+
+@triton.jit
+def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """bd of a key tile from its newest block, with what this block leaves for the tiles after it.
+
+    A block is number 0 for its own tile, 1 for the next one, and so on: pending[g] holds what the earlier blocks gave
+    to the tile g + 1 steps ahead. (Whole blocks handed on unchanged would keep Triton from pipelining the loop.)
+    """
+    e = block_of(BLOCK_M, BLOCK_N)
+    bd = rotate_right(tl.where(e == 0, raw, pending[0]), BLOCK_M, BLOCK_N)
+    later = ()
+    for g in tl.static_range(1, len(pending)):
+        later = later + (tl.where(e == g, raw, pending[g]),)  # noqa: RUF005 (Triton has no unpacking)
+    return bd, later + (raw,)  # noqa: RUF005
+
+
+@triton.jit
+def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The transpose of `shift_in`: gathers gradients of key tiles into gradients of blocks of r.
+
+    partial[g] is the gradient of the block g + 1 tiles back, still without the parts of this and later tiles.
+    Returns the block that this tile completes, len(partial) tiles back, and the others.
+    """
+    e = block_of(BLOCK_M, BLOCK_N)
+    raw = rotate_left(ds, BLOCK_M, BLOCK_N)
+    younger = (raw,)
+    for g in tl.static_range(1, len(partial)):
+        younger = younger + (tl.where(e == g, raw, partial[g - 1]),)  # noqa: RUF005
+    return tl.where(e == len(partial), raw, partial[len(partial) - 1]), younger
+
+
+@triton.jit
+def softmax_gradient(s, lse_log2, dp, delta):
+    """p = softmax(s) and ds = p (dp - delta), from base-2 scores and log-sum-exp."""
+    p = tl.exp2(s - lse_log2)
+    return p, p * (dp - delta)
+
+
+@triton.jit
+def load_row_stats(lse_ptr, delta_ptr, offs_m, T):
+    """Base-2 log-sum-exp and delta of the given queries. Queries beyond T get +inf, so their p and ds are 0."""
+    lse_log2 = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf")) * LOG2_E
+    delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+    return lse_log2, delta
