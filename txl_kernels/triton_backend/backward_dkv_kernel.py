@@ -4,13 +4,12 @@ import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
-    block_of,
     head_pointer,
+    load_column,
     load_query,
     load_row_stats,
     load_rows,
-    position_block,
-    rotate_right,
+    rotate_down,
     select_block,
     softmax_gradient,
     store_rows,
@@ -38,7 +37,7 @@ def _dkv_tile(
     row0,
     S,
     reach,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,22 +47,26 @@ def _dkv_tile(
 ):
     """One tile of queries, its scores transposed so that they are the left operands of dK and dV."""
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
-    # (N, D) x (D, M) -> (N, M): content
+    # (N, D) x (D, M) -> (N, M): content, and position once for every block of r that the tile touches
     ac = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    # (M, D) x (D, N) -> (M, N): position, once for every block of r that the tile touches
     raw = ()
     for e in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
         rows = row0 - e * BLOCK_N + tl.arange(0, BLOCK_N)
-        raw = raw + (position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION),)  # noqa: RUF005
-    bd = rotate_right(select_block(raw, block_of(BLOCK_M, BLOCK_N)), BLOCK_M, BLOCK_N)
-    s = (ac + tl.trans(bd)) * scale_log2
+        r = load_rows(r_matrix, rows, D, BLOCK_D)
+        block = tl.dot(r, tl.trans(q), input_precision=PRECISION)
+        if column_ptr is not None:
+            block += load_column(column_ptr, rows, r_matrix[2])[:, None]
+        raw = raw + (block,)
+    e_of = (tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]) // BLOCK_N
+    bd = rotate_down(select_block(raw, e_of), BLOCK_M, BLOCK_N)
+    s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[None, :], offs_n[:, None], S, reach), s, float("-inf"))
-    lse_log2, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
+    lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p, ds = softmax_gradient(s, lse_log2[None, :], dp, delta[None, :])
+    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :])
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -118,7 +121,6 @@ def backward_dkv_kernel(
     rel_offset,
     reach,
     scale,
-    scale_log2,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -164,16 +166,16 @@ def backward_dkv_kernel(
     c = j0 + rel_offset
     start = tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M
     interior = tl.minimum(T, tl.cdiv(tl.maximum(0, j0 + BLOCK_N - reach), BLOCK_M) * BLOCK_M)
-    for i0 in tl.range(start, interior, BLOCK_M):
+    for i0 in tl.range(start, interior, BLOCK_M, num_stages=1):
         dk, dv, colsum = _dkv_tile(
             dk, dv, colsum, k, v, q_matrix, do_matrix, r_matrix, u_ptr, column_ptr, lse_ptr, delta_ptr, h,
-            i0 + offs_y, offs_n, c - i0, S, reach, scale_log2,
+            i0 + offs_y, offs_n, c - i0, S, reach, scale,
             D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
         )  # fmt: skip
     for i0 in tl.range(tl.cdiv(interior, BLOCK_M) * BLOCK_M, T, BLOCK_M):
         dk, dv, colsum = _dkv_tile(
             dk, dv, colsum, k, v, q_matrix, do_matrix, r_matrix, u_ptr, column_ptr, lse_ptr, delta_ptr, h,
-            i0 + offs_y, offs_n, c - i0, S, reach, scale_log2,
+            i0 + offs_y, offs_n, c - i0, S, reach, scale,
             D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
         )  # fmt: skip
 

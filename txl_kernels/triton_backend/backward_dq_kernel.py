@@ -24,7 +24,7 @@ def _dq_tile(
     partial,
     q,
     do,
-    lse_log2,
+    lse,
     delta,
     k_matrix,
     v_matrix,
@@ -35,7 +35,7 @@ def _dq_tile(
     row0,
     S,
     reach,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,12 +50,12 @@ def _dq_tile(
     rows = row0 + tl.arange(0, BLOCK_N)
     raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    s = (ac + bd) * scale_log2
+    s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    _, ds = softmax_gradient(s, lse_log2[:, None], dp, delta[:, None])
+    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None])
     ds = ds.to(k.dtype)
     # (M, N) x (N, D) -> (M, D): content, position
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -107,7 +107,6 @@ def backward_dq_kernel(
     rel_offset,
     reach,
     scale,
-    scale_log2,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -141,7 +140,7 @@ def backward_dq_kernel(
     offs_x = tl.arange(0, BLOCK_N)
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    lse_log2, delta = load_row_stats(lse_ptr + bh * T, delta_ptr + bh * T, offs_m, T)
+    lse, delta = load_row_stats(lse_ptr + bh * T, delta_ptr + bh * T, offs_m, T)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     c = rel_offset - i0
@@ -158,14 +157,14 @@ def backward_dq_kernel(
     end = tl.cdiv(tl.minimum(S, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N
     for j0 in tl.range(0, interior, BLOCK_N):
         dq, pending, partial = _dq_tile(
-            dq, pending, partial, q, do, lse_log2, delta, k_matrix, v_matrix, r_matrix, column_ptr,
-            offs_m, j0 + offs_x, c + j0, S, reach, scale_log2,
+            dq, pending, partial, q, do, lse, delta, k_matrix, v_matrix, r_matrix, column_ptr,
+            offs_m, j0 + offs_x, c + j0, S, reach, scale,
             D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
         )  # fmt: skip
-    for j0 in tl.range(interior, end, BLOCK_N):
+    for j0 in tl.range(interior, end, BLOCK_N, num_stages=1):
         dq, pending, partial = _dq_tile(
-            dq, pending, partial, q, do, lse_log2, delta, k_matrix, v_matrix, r_matrix, column_ptr,
-            offs_m, j0 + offs_x, c + j0, S, reach, scale_log2,
+            dq, pending, partial, q, do, lse, delta, k_matrix, v_matrix, r_matrix, column_ptr,
+            offs_m, j0 + offs_x, c + j0, S, reach, scale,
             D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
         )  # fmt: skip
     for e in tl.static_range(GROUPS):

@@ -6,12 +6,11 @@ import triton.language as tl
 from txl_kernels.triton_backend.primitives import (
     head_pointer,
     load_bias,
-    load_bias,
     load_column,
     load_query,
     load_row_stats,
     load_rows,
-    rotate_left,
+    rotate_up,
     select_block,
     softmax_gradient,
     store_rows,
@@ -20,8 +19,8 @@ from txl_kernels.triton_backend.primitives import (
 
 @triton.jit
 def _product_in_rows_of_r(
-    a,
     matrix,
+    a,
     j0,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -29,16 +28,16 @@ def _product_in_rows_of_r(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y[ii, x] = a_ii . matrix[j0 + ii + x], (M, N): the shift the other way, from keys to rows of r."""
+    """y[x, ii] = matrix[j0 + ii + x] . a_ii, (N, M): the shift the other way, from keys to rows of r."""
     products = ()
     for e in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
-        # (M, D) x (D, N) -> (M, N)
+        # (N, D) x (D, M) -> (N, M)
         block = load_rows(matrix, j0 + e * BLOCK_N + tl.arange(0, BLOCK_N), D, BLOCK_D)
-        products = products + (tl.dot(a, tl.trans(block), input_precision=PRECISION),)  # noqa: RUF005
-    # Key j0 + e N + y stands at x = (y - ii) mod N of row ii, where e = (ii + x) // N.
-    ii = tl.arange(0, BLOCK_M)[:, None]
-    x = (tl.arange(0, BLOCK_N)[None, :] - ii) & (BLOCK_N - 1)
-    return rotate_left(select_block(products, (ii + x) // BLOCK_N), BLOCK_M, BLOCK_N)
+        products = products + (tl.dot(block, tl.trans(a), input_precision=PRECISION),)
+    # Key j0 + e N + y stands at x = (y - ii) mod N of query ii, where e = (ii + x) // N.
+    ii = tl.arange(0, BLOCK_M)[None, :]
+    x = (tl.arange(0, BLOCK_N)[:, None] - ii) & (BLOCK_N - 1)
+    return rotate_up(select_block(products, (ii + x) // BLOCK_N), BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def _dr_tile(
     h,
     offs_m,
     j0,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,20 +66,20 @@ def _dr_tile(
 ):
     """One tile of queries in the coordinates (i, p), where j = j0 + ii + x: position needs no shift, keys do."""
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
-    # (M, D) x (D, N) -> (M, N): position, content, dP
-    bd = tl.dot(q, tl.trans(r), input_precision=PRECISION) + column[None, :]
-    ac = _product_in_rows_of_r(q, k_matrix, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    s = (ac + bd) * scale_log2
+    # (N, D) x (D, M) -> (N, M): position, content, dP
+    bd = tl.dot(r, tl.trans(q), input_precision=PRECISION) + column[:, None]
+    ac = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    s = (ac + bd) * scale
     if MASKED:
-        offs_n = j0 + tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        offs_n = j0 + tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
         s = tl.where((offs_n >= 0) & (offs_n < k_matrix[2]), s, float("-inf"))
-    lse_log2, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
+    lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    dp = _product_in_rows_of_r(do, v_matrix, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    _, ds = softmax_gradient(s, lse_log2[:, None], dp, delta[:, None])
+    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :])
     # (N, M) x (M, D) -> (N, D)
-    dr = tl.dot(tl.trans(ds.to(q.dtype)), q, dr, input_precision=PRECISION)
-    return dr, colsum + tl.sum(ds, 0)
+    dr = tl.dot(ds.to(q.dtype), q, dr, input_precision=PRECISION)
+    return dr, colsum + tl.sum(ds, 1)
 
 
 @triton.jit(
@@ -129,7 +128,6 @@ def backward_dr_kernel(
     rel_offset,
     reach,
     scale,
-    scale_log2,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -183,14 +181,14 @@ def backward_dr_kernel(
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(
                 dr, colsum, r, column, q_matrix, do_matrix, k_matrix, v_matrix, u_ptr,
-                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale_log2,
+                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
             )  # fmt: skip
-        for edge in tl.range(n_tiles - (upper - lower)):
+        for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
             i0 = first + tl.where(edge < lower, edge, edge + upper - lower) * BLOCK_M
             dr, colsum = _dr_tile(
                 dr, colsum, r, column, q_matrix, do_matrix, k_matrix, v_matrix, u_ptr,
-                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale_log2,
+                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
             )  # fmt: skip
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
-    LN_2,
+    exp,
     head_pointer,
     load_query,
     load_rows,
@@ -17,10 +17,10 @@ from txl_kernels.triton_backend.primitives import (
 
 @triton.jit
 def _softmax_step(acc, l_i, m_i, s):
-    """Online softmax in base 2: p = 2^(s - m), with the running sums rescaled to the new row maximum."""
+    """Online softmax: p = exp(s - m), with the running sums rescaled to the new row maximum."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    p = tl.exp2(s - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
+    p = exp(s - m_new[:, None])
+    alpha = exp(m_i - m_new)
     return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
 
 
@@ -40,7 +40,7 @@ def _forward_tile(
     row0,
     S,
     reach,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,7 +55,7 @@ def _forward_tile(
     rows = row0 + tl.arange(0, BLOCK_N)
     raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    s = (ac + bd) * scale_log2
+    s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
     p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s)
@@ -103,7 +103,7 @@ def forward_kernel(
     P,
     rel_offset,
     reach,
-    scale_log2,
+    scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -151,13 +151,13 @@ def forward_kernel(
     for j0 in tl.range(0, interior, BLOCK_N):
         acc, l_i, m_i, pending = _forward_tile(
             acc, l_i, m_i, pending, q, k_matrix, v_matrix, r_matrix, column_ptr, offs_m, j0 + offs_x, c + j0,
-            S, reach, scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
+            S, reach, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
         )  # fmt: skip
     for j0 in tl.range(interior, end, BLOCK_N):
         acc, l_i, m_i, pending = _forward_tile(
             acc, l_i, m_i, pending, q, k_matrix, v_matrix, r_matrix, column_ptr, offs_m, j0 + offs_x, c + j0,
-            S, reach, scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
+            S, reach, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
         )  # fmt: skip
 
     store_rows(out_matrix, acc / l_i[:, None], offs_m, D, BLOCK_D)
-    tl.store(lse_ptr + bh * T + offs_m, (m_i + tl.log2(l_i)) * LN_2, mask=offs_m < T)
+    tl.store(lse_ptr + bh * T + offs_m, m_i + tl.log(l_i), mask=offs_m < T)

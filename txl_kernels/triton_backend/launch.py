@@ -1,5 +1,6 @@
 """Launchers: the two entry points of the backend, from validated tensors to kernel arguments."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -10,72 +11,13 @@ from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import launch_for
+from txl_kernels.triton_backend.launch_table import generation_of, launch_for
 from txl_kernels.triton_backend.vector_kernels import column_kernel, delta_kernel
 
-_LOG2_E = 1.4426950408889634
 _VECTOR_BLOCK = 64
-# Programs that the dr kernel is spread over where it has fewer (row block, head) pairs: a few for each processor.
-# The count is fixed, not read off the device, so that sums have the same order everywhere.
+# The dr kernel divides the batch where it has fewer (row block, head) pairs than this: a few for each processor.
+# The number is fixed, not read off the device, so that sums have the same order everywhere.
 _DR_PROGRAMS = 512
-
-
-class _Problem:
-    """What all kernels of one call share."""
-
-    def __init__(self, q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, *others):
-        self.B, self.H, self.T, self.D = q.shape
-        self.S, self.P = k.shape[2], r.shape[1]
-        self.arch = _arch(q.device)
-        self.itemsize = q.element_size()
-        self.block_d = max(16, triton.next_power_of_2(self.D))
-        self.aligned = all(_is_aligned(x) for x in (q, k, v, r, *others))
-        self.scale = scale
-        self.difference = _bias_difference(content_bias, position_bias)
-        self.tiling = {
-            "PRECISION": _input_precision(q.dtype),
-            "ALIGNED": self.aligned,
-            "D": self.D,
-            "BLOCK_D": self.block_d,
-        }
-        column = None
-        if self.difference is not None:
-            column = torch.empty((self.H, self.P), dtype=torch.float32, device=q.device)
-            grid = (triton.cdiv(self.P, _VECTOR_BLOCK) * self.H,)
-            if grid[0]:
-                column_kernel[grid](
-                    r, self.difference, column, r.stride(0), r.stride(1), self.P,
-                    ALIGNED=self.aligned, D=self.D, BLOCK_D=self.block_d, BLOCK_P=_VECTOR_BLOCK, num_warps=4,
-                )  # fmt: skip
-        self.arguments = {
-            **_rows("q", "m", q),
-            **_rows("k", "n", k),
-            **_rows("v", "n", v),
-            "r_ptr": r,
-            "stride_rh": r.stride(0),
-            "stride_rp": r.stride(1),
-            "u_ptr": None if content_bias is None else content_bias.contiguous(),
-            "column_ptr": column,
-            "H": self.H,
-            "T": self.T,
-            "S": self.S,
-            "P": self.P,
-            "rel_offset": first_distance - (self.S - self.T),
-            "reach": self.S - self.T + 1 if is_causal else self.S,
-            "scale_log2": scale * _LOG2_E,
-        }
-
-    def launch(self, kernel: str):
-        return launch_for(kernel, self.arch, self.block_d, self.itemsize)
-
-    def options(self, launch) -> dict:
-        return {
-            **self.tiling,
-            "BLOCK_M": launch.block_m,
-            "BLOCK_N": launch.block_n,
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-        }
 
 
 def forward(
@@ -89,14 +31,15 @@ def forward(
     scale: float,
     first_distance: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output like q and log-sum-exp (B, H, T) in float32, for non-empty q with a unit last stride."""
-    out = torch.empty_like(q)
-    problem = _Problem(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, out)
-    lse = torch.empty((problem.B, problem.H, problem.T), dtype=torch.float32, device=q.device)
-    launch = problem.launch("forward")
-    forward_kernel[(triton.cdiv(problem.T, launch.block_m) * problem.B * problem.H,)](
-        **problem.arguments, **_rows("o", "m", out, "out_ptr"), lse_ptr=lse, **problem.options(launch)
-    )
+    """Output like q and log-sum-exp (B, H, T) in float32, of non-empty inputs with a unit last stride."""
+    with _on_device_of(q):
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        call = _Call(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others=(out,))
+        tiling = call.tiling("forward")
+        forward_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
+            **call.arguments, **_strided("out", "o", "bhm", out), lse_ptr=lse, **tiling
+        )
     return out, lse
 
 
@@ -116,80 +59,147 @@ def backward(
     first_distance: int,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the six inputs, those that need none left None."""
-    needs_q, needs_k, needs_v, needs_r, needs_u, needs_position = needs_grad
-    problem = _Problem(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, out, dout)
-    B, H, T, S, P, D = problem.B, problem.H, problem.T, problem.S, problem.P, problem.D
+    """Gradients of q, k, v, r, content_bias and position_bias; None for those that need none."""
+    needs_q, needs_k, needs_v, needs_r, needs_content, needs_position = needs_grad
+    dq = dk = dv = dr = dcontent = dposition = None
+    with _on_device_of(q):
+        call = _Call(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others=(out, dout))
+        delta = _delta(call, out, dout, dlse)
+        shared = {**_strided("do", "do", "bhm", dout), "lse_ptr": lse, "delta_ptr": delta}
+        if needs_q:
+            dq = _query_gradient(call, shared, q)
+        if needs_k or needs_v or needs_content:
+            dk, dv, dcontent = _key_gradients(call, shared, k, v, content_bias)
+        if needs_r or needs_position:
+            dr, dposition = _row_gradients(call, shared, r, position_bias)
+    grads = (dq, dk, dv, dr, dcontent, dposition)
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
 
-    delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(T, _VECTOR_BLOCK) * B * H,)](
-        **_rows("o", "m", out, "out_ptr"),
-        **_rows("do", "m", dout),
-        dlse_ptr=dlse,
-        **dict(zip(("stride_dlb", "stride_dlh", "stride_dlm"), (0, 0, 0) if dlse is None else dlse.stride(), strict=True)),
-        delta_ptr=delta, H=H, T=T, ALIGNED=problem.aligned, D=D, BLOCK_D=problem.block_d, BLOCK_M=_VECTOR_BLOCK, num_warps=4,
-    )  # fmt: skip
-    arguments = {
-        **problem.arguments, **_rows("do", "m", dout), "lse_ptr": lse, "delta_ptr": delta, "scale": scale,
-    }  # fmt: skip
 
-    dq = dk = dv = dr = du = dposition = None
-    if needs_q:
-        dq = torch.empty_like(q)
-        launch = problem.launch("dq")
-        backward_dq_kernel[(triton.cdiv(T, launch.block_m) * B * H,)](
-            **arguments, **_rows("dq", "m", dq), **problem.options(launch)
+class _Call:
+    """The sizes and kernel arguments that all passes of one call share."""
+
+    def __init__(
+        self, q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others: tuple[Tensor, ...]
+    ):
+        self.B, self.H, self.T, self.D = q.shape
+        self.S, self.P = k.shape[2], r.shape[1]
+        self.generation, self.itemsize = generation_of(q.device), q.element_size()
+        self.head = {
+            "ALIGNED": all(_is_aligned(x) for x in (q, k, v, r, *others)),
+            "D": self.D,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.D)),
+        }
+        self.difference = _bias_difference(content_bias, position_bias)
+        self.arguments = {
+            **_strided("q", "q", "bhm", q),
+            **_strided("k", "k", "bhn", k),
+            **_strided("v", "v", "bhn", v),
+            **_strided("r", "r", "hp", r),
+            "u_ptr": None if content_bias is None else content_bias.contiguous(),
+            "column_ptr": None if self.difference is None else self._column(r),
+            "H": self.H,
+            "T": self.T,
+            "S": self.S,
+            "P": self.P,
+            "rel_offset": first_distance - (self.S - self.T),
+            "reach": self.S - self.T + 1 if is_causal else self.S,
+            "scale": scale,
+            "PRECISION": _input_precision(q.dtype),
+            **self.head,
+        }
+
+    def tiling(self, kernel: str) -> dict[str, int]:
+        block_m, block_n, num_warps, num_stages = launch_for(
+            kernel, self.generation, self.head["BLOCK_D"], self.itemsize
         )
-    if needs_k or needs_v or needs_u:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        launch = problem.launch("dkv")
-        tiles = triton.cdiv(S, launch.block_n)
-        du_parts = None
-        if content_bias is not None:
-            du_parts = torch.empty((B, H, tiles, D), dtype=torch.float32, device=q.device)
-        backward_dkv_kernel[(tiles * B * H,)](
-            **arguments, **_rows("dk", "n", dk), **_rows("dv", "n", dv), du_ptr=du_parts, **problem.options(launch)
-        )
-        if needs_u:
-            du = du_parts.sum((0, 2)).to(content_bias.dtype)
-    if needs_r or needs_position:
-        launch = problem.launch("dr")
-        blocks = triton.cdiv(P, launch.block_n)
-        parts = max(1, min(B, _DR_PROGRAMS // max(1, blocks * H)))
-        dr_parts = torch.empty((parts, H, P, D), dtype=r.dtype if parts == 1 else torch.float32, device=q.device)
-        dposition_parts = torch.empty((parts, blocks, H, D), dtype=torch.float32, device=q.device)
-        if blocks:
-            backward_dr_kernel[(blocks * H, parts)](
-                **arguments,
-                B=B,
-                bias_difference_ptr=problem.difference,
-                **_rows("dr", "p", dr_parts, strides="zh"),
-                dposition_bias_ptr=dposition_parts,
-                **problem.options(launch),
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+    def _column(self, r: Tensor) -> Tensor:
+        """(v - u) . r[p], (H, P) in float32."""
+        column = torch.empty((self.H, self.P), dtype=torch.float32, device=r.device)
+        if self.P:
+            column_kernel[(triton.cdiv(self.P, _VECTOR_BLOCK) * self.H,)](
+                **_strided("r", "r", "hp", r),
+                bias_difference_ptr=self.difference,
+                column_ptr=column,
+                P=self.P,
+                BLOCK_P=_VECTOR_BLOCK,
+                **self.head,
             )
-        if needs_r:
-            dr = dr_parts[0] if parts == 1 else dr_parts.sum(0).to(r.dtype)
-        if needs_position:
-            dposition = dposition_parts.sum((0, 1)).to(position_bias.dtype)
-    return (
-        dq,
-        dk if needs_k else None,
-        dv if needs_v else None,
-        dr,
-        du,
-        dposition,
+        return column
+
+
+def _delta(call: _Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """out . dout - dlse of every query, (B, H, T) in float32."""
+    delta = torch.empty((call.B, call.H, call.T), dtype=torch.float32, device=out.device)
+    delta_kernel[(triton.cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
+        **_strided("out", "o", "bhm", out),
+        **_strided("do", "do", "bhm", dout),
+        dlse_ptr=None if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        H=call.H,
+        T=call.T,
+        BLOCK_M=_VECTOR_BLOCK,
+        **call.head,
     )
+    return delta
 
 
-def _rows(name: str, row: str, x: Tensor, pointer: str | None = None, strides: str = "bh") -> dict:
-    """Pointer and strides of a four-dimensional tensor under the names of the kernels' arguments."""
-    first, second, third, _ = x.stride()
-    return {
-        pointer or f"{name}_ptr": x,
-        f"stride_{name}{strides[0]}": first,
-        f"stride_{name}{strides[1]}": second,
-        f"stride_{name}{row}": third,
-    }
+def _query_gradient(call: _Call, shared: dict, q: Tensor) -> Tensor:
+    dq = torch.empty_like(q)
+    tiling = call.tiling("dq")
+    backward_dq_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
+        **call.arguments, **shared, **_strided("dq", "dq", "bhm", dq), **tiling
+    )
+    return dq
+
+
+def _key_gradients(
+    call: _Call, shared: dict, k: Tensor, v: Tensor, content_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    tiling = call.tiling("dkv")
+    tiles = triton.cdiv(call.S, tiling["BLOCK_N"])
+    parts = None
+    if content_bias is not None:
+        parts = torch.empty((call.B, call.H, tiles, call.D), dtype=torch.float32, device=k.device)
+    backward_dkv_kernel[(tiles * call.B * call.H,)](
+        **call.arguments,
+        **shared,
+        **_strided("dk", "dk", "bhn", dk),
+        **_strided("dv", "dv", "bhn", dv),
+        du_ptr=parts,
+        **tiling,
+    )
+    return dk, dv, None if parts is None else parts.sum((0, 2)).to(content_bias.dtype)
+
+
+def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if call.P == 0:
+        return torch.zeros_like(r), None if position_bias is None else torch.zeros_like(position_bias)
+    tiling = call.tiling("dr")
+    blocks = triton.cdiv(call.P, tiling["BLOCK_N"])
+    ranges = max(1, min(call.B, _DR_PROGRAMS // (blocks * call.H)))
+    dr = torch.empty((ranges, call.H, call.P, call.D), dtype=r.dtype if ranges == 1 else torch.float32, device=r.device)
+    parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
+    backward_dr_kernel[(blocks * call.H, ranges)](
+        **call.arguments,
+        **shared,
+        B=call.B,
+        bias_difference_ptr=call.difference,
+        **_strided("dr", "dr", "zhp", dr),
+        dposition_bias_ptr=parts,
+        **tiling,
+    )
+    dposition = None if position_bias is None else parts.sum((0, 1)).to(position_bias.dtype)
+    return dr[0] if ranges == 1 else dr.sum(0).to(r.dtype), dposition
+
+
+def _strided(pointer: str, stride: str, dimensions: str, x: Tensor) -> dict:
+    """A tensor and its strides, but the last, under the names of the kernels' arguments."""
+    strides = {f"stride_{stride}{dim}": x.stride(position) for position, dim in enumerate(dimensions)}
+    return {f"{pointer}_ptr": x, **strides}
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -211,6 +221,6 @@ def _input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _arch(device: torch.device) -> str:
-    """The GPU generation as the launch table names it."""
-    return "sm_90"
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()

@@ -1,13 +1,18 @@
 """Tile sizes, warps and pipeline stages of every kernel, by pass, GPU generation, head size and element size.
 
-Looked up at call time: no autotuning, so that lengths never trigger a recompile or a retune.
+Looked up at call time, with no autotuning: lengths never trigger a recompile or a retune. The rows were chosen by
+the resource report of ahead-of-time compilation (least spilling, shared memory within the limit); none is tuned by
+timing on a GPU yet.
 """
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 
 class Launch(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys (or rows of r) a tile; both powers of two, at least 16."""
+    """BLOCK_M queries by BLOCK_N keys (or rows of r) a tile, both powers of two from 16, with warps and stages."""
 
     block_m: int
     block_n: int
@@ -15,5 +20,55 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def launch_for(kernel: str, arch: str, block_d: int, itemsize: int) -> Launch:
-    return Launch(64, 32 if kernel in ("forward","dq") else 64, 4, 2) if block_d<=64 and itemsize==2 else Launch(32,32,4,1)
+# Generation -> pass -> {largest padded head size: launch}, for 16-bit elements.
+_HALF = {
+    "sm_80": {
+        "forward": {64: Launch(64, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 32, 8, 1)},
+        "dq": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 16, 8, 1)},
+        "dkv": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 32, 8, 1)},
+        "dr": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 8, 1)},
+    },
+    "sm_90": {
+        "forward": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 32, 8, 1)},
+        "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 16, 8, 1)},
+        "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2), 256: Launch(16, 64, 8, 1)},
+        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+    },
+    "sm_100": {
+        "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
+        "dq": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
+        "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(32, 64, 8, 1)},
+        "dr": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+    },
+    "gfx942": {
+        "forward": {64: Launch(64, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
+        "dq": {64: Launch(64, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 16, 4, 1)},
+        "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 32, 8, 1)},
+        "dr": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 32, 8, 1)},
+    },
+}
+# float32 elements: one row for every generation, sized for the smallest shared memory.
+_FLOAT = {
+    "forward": {64: Launch(32, 32, 4, 1), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "dq": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "dr": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+}
+
+
+def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
+    """The row for a pass ("forward", "dq", "dkv", "dr"), a generation, a padded head size and an element size."""
+    rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
+    return rows[max(64, block_d)]
+
+
+@functools.cache
+def generation_of(device: torch.device) -> str:
+    """The newest generation of the table that is not newer than the GPU; sm_80 for the interpreter."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # sm_86, sm_89 and sm_120 have the shared memory of neither the A100 nor the B200: sm_80 rows stay within theirs.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

@@ -17,7 +17,6 @@ A matrix is passed as a tuple (pointer, row stride, number of rows); its columns
 import triton
 import triton.language as tl
 
-LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -101,7 +100,7 @@ def block_of(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def select_block(blocks, e):
-    """blocks[e[ii, x]][ii, x] of a tuple of (M, N) blocks."""
+    """blocks[e[a, b]][a, b] of a tuple of blocks with the shape of e."""
     selected = blocks[0]
     for g in tl.static_range(1, len(blocks)):
         selected = tl.where(e == g, blocks[g], selected)
@@ -123,6 +122,20 @@ def rotate_left(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def rotate_down(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """rotate_right of the transposed tile: y[jj, ii] = x[(jj - ii) mod N, ii]."""
+    rows = tl.arange(0, BLOCK_N)[:, None] - tl.arange(0, BLOCK_M)[None, :]
+    return tl.gather(x, rows & (BLOCK_N - 1), axis=0)
+
+
+@triton.jit
+def rotate_up(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """rotate_left of the transposed tile: y[x, ii] = x[(x + ii) mod N, ii]."""
+    rows = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    return tl.gather(x, rows & (BLOCK_N - 1), axis=0)
+
+
+@triton.jit
 def visible_mask(offs_m, offs_n, S, reach):
     """True where query i may attend to key j; the two index arrays broadcast against each other."""
     return (offs_n >= 0) & (offs_n < S) & (offs_n < offs_m + reach)
@@ -139,8 +152,8 @@ def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     bd = rotate_right(tl.where(e == 0, raw, pending[0]), BLOCK_M, BLOCK_N)
     later = ()
     for g in tl.static_range(1, len(pending)):
-        later = later + (tl.where(e == g, raw, pending[g]),)  # noqa: RUF005 (Triton has no unpacking)
-    return bd, later + (raw,)  # noqa: RUF005
+        later = later + (tl.where(e == g, raw, pending[g]),)
+    return bd, later + (raw,)
 
 
 @triton.jit
@@ -154,20 +167,26 @@ def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     raw = rotate_left(ds, BLOCK_M, BLOCK_N)
     younger = (raw,)
     for g in tl.static_range(1, len(partial)):
-        younger = younger + (tl.where(e == g, raw, partial[g - 1]),)  # noqa: RUF005
+        younger = younger + (tl.where(e == g, raw, partial[g - 1]),)
     return tl.where(e == len(partial), raw, partial[len(partial) - 1]), younger
 
 
 @triton.jit
-def softmax_gradient(s, lse_log2, dp, delta):
-    """p = softmax(s) and ds = p (dp - delta), from base-2 scores and log-sum-exp."""
-    p = tl.exp2(s - lse_log2)
+def exp(x):
+    """e^x by the hardware's base-2 exponential; tl.exp adds three instructions for results that underflow anyway."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def softmax_gradient(s, lse, dp, delta):
+    """p = softmax(s) and ds = p (dp - delta), from scores and their log-sum-exp."""
+    p = exp(s - lse)
     return p, p * (dp - delta)
 
 
 @triton.jit
 def load_row_stats(lse_ptr, delta_ptr, offs_m, T):
-    """Base-2 log-sum-exp and delta of the given queries. Queries beyond T get +inf, so their p and ds are 0."""
-    lse_log2 = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf")) * LOG2_E
+    """Log-sum-exp and delta of the given queries. Queries beyond T get +inf, so their p and ds are 0."""
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))
     delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
-    return lse_log2, delta
+    return lse, delta

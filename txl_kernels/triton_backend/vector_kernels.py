@@ -32,7 +32,7 @@ def column_kernel(
 @triton.jit(
     do_not_specialize=[
         "out_ptr", "do_ptr", "dlse_ptr", "delta_ptr",
-        "stride_ob", "stride_oh", "stride_dob", "stride_doh", "stride_dlb", "stride_dlh", "stride_dlm", "H", "T",
+        "stride_ob", "stride_oh", "stride_dob", "stride_doh", "H", "T",
     ]
 )  # fmt: skip
 def delta_kernel(
@@ -46,9 +46,6 @@ def delta_kernel(
     stride_dob,
     stride_doh,
     stride_dom,
-    stride_dlb,
-    stride_dlh,
-    stride_dlm,
     H,
     T,
     ALIGNED: tl.constexpr,
@@ -67,6 +64,5 @@ def delta_kernel(
     do = load_rows((head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T), offs_m, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
-        rows = b * stride_dlb + h * stride_dlh + offs_m.to(tl.int64) * stride_dlm
-        delta -= tl.load(dlse_ptr + rows, mask=offs_m < T, other=0.0)
+        delta -= tl.load(dlse_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     tl.store(delta_ptr + bh * T + offs_m, delta, mask=offs_m < T)

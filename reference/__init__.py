@@ -1,0 +1,10 @@
+"""What the fused operator is held against: its definition, the original algorithm and the original layer.
+
+Nothing here imports `txl_kernels`, and `txl_kernels` never imports this package.
+"""
+
+from reference.definition import rel_attention_definition
+from reference.eager import rel_attention_eager
+from reference.layer import RelPartialLearnableMultiHeadAttn
+
+__all__ = ["RelPartialLearnableMultiHeadAttn", "rel_attention_definition", "rel_attention_eager"]

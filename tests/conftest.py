@@ -1,0 +1,28 @@
+"""Which tests can run in this process, and why the others are skipped."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+_TESTS = Path(__file__).parent
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of interpreter/, compile/ and gpu/, and skips what this process or machine cannot run."""
+    for item in items:
+        kind = item.path.relative_to(_TESTS).parts[0]
+        if kind in ("interpreter", "compile", "gpu"):
+            item.add_marker(kind)
+        if kind == "interpreter" and not _INTERPRETED:
+            item.add_marker(
+                pytest.mark.skip(reason="needs a process of its own with TRITON_INTERPRET=1: make test")
+            )
+        if kind in ("compile", "gpu") and _INTERPRETED:
+            item.add_marker(
+                pytest.mark.skip(reason="kernels defined under TRITON_INTERPRET=1 cannot be compiled")
+            )
+        if kind == "gpu" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

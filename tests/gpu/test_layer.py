@@ -1,0 +1,56 @@
+"""The layer on a GPU: a training step of the original under autocast, and what its mask costs."""
+
+import warnings
+
+import pytest
+import torch
+
+from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
+from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth
+from tests.layer_tools import make_inputs, make_layer, original_mask, run
+from txl_kernels.causal_mask import require_causal
+from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_a_training_step(dtype):
+    T, M, B, H, D, C = 150, 150, 4, 10, 41, 410  # wt103 base
+    torch.manual_seed(0)
+    layer = RelPartialLearnableMultiHeadAttn(H, C, D, dropout=0.0).cuda()
+    reference = ReferenceLayer(H, C, D, dropout=0.0).cuda()
+    reference.load_state_dict(layer.state_dict())
+    inputs = make_inputs(T, M, B, device="cuda", sizes=(H, D, C))
+    mask, gout = original_mask(T, M).cuda(), torch.randn(T, B, C, device="cuda")
+
+    got = run(layer, inputs, gout, mask, dtype)
+    wanted = run(reference, inputs, gout, mask, dtype)
+    truth = run(reference.double(), {name: x.double() for name, x in inputs.items()}, gout.double(), mask)
+    for name in truth:
+        factor = OUTPUT_FACTOR if name == "out" else GRADIENT_FACTOR
+        assert_close_to_truth(name, got[name], truth[name], wanted[name], factor)
+
+
+def test_layers_that_share_a_mask_synchronise_once():
+    layers = [make_layer().cuda() for _ in range(3)]
+    inputs, mask = make_inputs(4, 6, device="cuda"), original_mask(4, 6).cuda()
+    layers[0](**inputs)  # what is loaded or built once may synchronise
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for layer in layers:
+                layer(**inputs, attn_mask=mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+def test_a_mask_under_graph_capture_is_refused_with_advice():
+    mask = original_mask(4, 3).cuda()
+    require_causal(mask, 4, 7)
+    with (
+        pytest.raises(RuntimeError, match="attn_mask: expected None, which means causal"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        require_causal(mask, 4, 7)

@@ -1,0 +1,10 @@
+"""The torch backend: relative attention in PyTorch operations, for any device and dtype; the CPU's product path.
+
+Neither pass allocates anything that grows with T x S: scores exist a tile at a time (tiles.py), the forward keeps
+only the output and the log-sum-exp, and the backward computes the scores of each tile again.
+"""
+
+from txl_kernels.torch_backend.backward import backward
+from txl_kernels.torch_backend.forward import forward
+
+__all__ = ["backward", "forward"]
