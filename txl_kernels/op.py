@@ -7,6 +7,8 @@ an `autograd.Function` inside the operator's own Autograd kernel 8 / 19 / 81 us.
 the fastest buy an operator that is differentiable by itself, traced and exported as one node.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,12 @@ def unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    """Dtypes are settled when the operator runs: autocast must not touch the products inside a backend."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
@@ -47,7 +55,8 @@ def _forward(q, k, v, r, content_bias, position_bias, is_causal, scale, first_di
         return _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend)
     q, k, v, r = (unit_last_stride(x) for x in (q, k, v, r))
     run = _backend_module(backend).forward
-    return run(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance)
+    with _autocast_off(q):
+        return run(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance)
 
 
 def _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend):
@@ -62,9 +71,10 @@ def _backward(
         return [torch.zeros_like(x) for x, needed in zip(inputs, needs_grad, strict=True) if needed]
     q, k, v, r, dout = (unit_last_stride(x) for x in (q, k, v, r, dout))
     run = _backend_module(backend).backward
-    grads = run(
-        dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, needs_grad
-    )
+    with _autocast_off(q):
+        grads = run(
+            dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, needs_grad
+        )
     return [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
 
 

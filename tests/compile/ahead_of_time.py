@@ -71,24 +71,37 @@ def record_launches(run: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compiles one recorded launch with the specialisation that the runtime would give it."""
+def _specialize(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes that the runtime would compile this launch with."""
     signature, constexprs, attrs = {}, {}, {}
     for position, param in enumerate(launch.kernel.params):
         value = launch.values[param.name]
+        specialize = not param.do_not_specialize
         if param.is_constexpr or value is None:
             signature[param.name], constexprs[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = _TYPES[value.dtype]
+            if specialize and value.data_ptr() % 16 == 0:
+                attrs[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[param.name] = "fp32"
-        elif not param.do_not_specialize and value == 1:
+        elif specialize and value == 1:
             signature[param.name], constexprs[param.name] = "constexpr", value
         else:
             signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if not param.do_not_specialize and value % 16 == 0:
+            if specialize and value % 16 == 0:
                 attrs[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs, attrs)
+    return signature, constexprs, attrs
+
+
+def specialization_key(launch: Launch) -> str:
+    """Equal for two launches exactly where they share a compiled variant."""
+    return repr((*_specialize(launch), sorted(launch.options.items())))
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compiles one recorded launch for a target of TARGETS."""
+    source = ASTSource(launch.kernel, *_specialize(launch))
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     return _amd_resources(compiled) if target.startswith("gfx") else _nvidia_resources(compiled, target)
 

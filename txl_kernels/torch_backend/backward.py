@@ -1,46 +1,102 @@
+"""The backward pass of the torch backend."""
+
+from itertools import product
+
 import torch
-from .tiles import Lanes, compute_dtype, plan, spans
-aten = torch.ops.aten
-def backward(dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, needs_grad):
+from torch import Tensor
+
+from txl_kernels.torch_backend.tiles import Group, Tile, compute_dtype, plan, spans
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    first_distance: int,
+    needs_grad: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of forward by recomputation, a tile at a time.
+
+    With P = softmax(scores): dS = P * (dP - rowsum(P * dP) + dlse), and dS in raw coordinates is to r what dS is
+    to k. Neither out nor lse is read: a softmax of the tile costs less than exp(scores - lse), and the row sum of
+    P * dP has none of the rounding of a 16-bit out.
+
+    Args:
+        dout: (B, H, T, D), any strides.
+        dlse: (B, H, T), any strides, or None for zero.
+        q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance: as for forward.
+        out, lse: what forward returned.
+        needs_grad: which of the six inputs want a gradient.
+
+    Returns:
+        Six gradients in the order of needs_grad, None where not wanted.
+    """
     inputs = (q, k, v, r, content_bias, position_bias)
-    dtype = compute_dtype(q)
-    dq, dk, dv, dr, du, dw = (torch.empty_like(x) if x is not None and n else None for x, n in zip(inputs, needs_grad))
-    H, D = r.shape[0], r.shape[2]
-    dr_acc = torch.zeros(r.shape, dtype=dtype, device=r.device)
-    du_acc = torch.zeros(H, D, dtype=dtype, device=r.device); dw_acc = torch.zeros_like(du_acc)
-    batches, heads, rows = plan(*q.shape[:3], k.shape[2])
-    for hs in spans(q.shape[1], heads):
-        for bs in spans(q.shape[0], batches):
-            g = Lanes(q, k, v, r, content_bias, position_bias, bs, hs, rows, is_causal, scale, first_distance)
-            do = g.lanes(dout).contiguous()
-            dk_l = torch.zeros(g.k.shape, dtype=dtype, device=q.device); dv_l = torch.zeros_like(dk_l)
-            ds_buf = torch.empty_like(g._scores)
-            for span in spans(q.shape[2], rows):
-                p = g.scores(span)
-                t, n, raw, shifted, lo, hi, used, rb = g.tile(span)
-                torch.softmax(p, -1, out=p)
-                dot = do[:, span]
-                a = dv_l[:, :n]; torch.baddbmm(a, p.mT, dot, out=a)
-                ds = ds_buf[: p.numel()].view(p.shape)
-                torch.bmm(dot, g.v[:, :n].mT, out=ds)
-                aten._softmax_backward_data.out(ds, p, -1, dtype, grad_input=ds)
-                if dlse is not None:
-                    ds.addcmul_(p, dlse[bs, hs, span].flatten(0, 1)[..., None])
-                a = dk_l[:, :n]; torch.baddbmm(a, ds.mT, g.q_lanes(g.q_content, span), out=a)
-                dqc = torch.bmm(ds, g.k[:, :n])
-                raw[..., :t-1] = 0
-                if not is_causal: raw[..., n:] = 0
-                shifted.copy_(ds.view(shifted.shape))
-                a = dr_acc[hs, g.offset - span.stop + 1 + lo: g.offset - span.stop + 1 + hi]
-                band = raw[..., lo:hi]
-                torch.baddbmm(a, band.mT, g.q_rows(g.q_position, span), out=a)
-                dqp = torch.bmm(band, rb)
-                du_acc[hs] += dqc.view(g.hc, g.bc, t, -1).sum((1, 2))
-                dw_acc[hs] += dqp.sum(1)
-                dqp = dqp.view(g.hc, t, g.bc, -1).transpose(1, 2)
-                dq[bs, hs, span] = dqc.view(dqp.shape).add_(dqp).mul_(scale).transpose(0, 1)
-            dk[bs, hs] = dk_l.view(dk[bs, hs].shape); dv[bs, hs] = dv_l.view(dk[bs, hs].shape)
-    if du is not None: du.copy_(du_acc.mul_(scale))
-    if dw is not None: dw.copy_(dw_acc.mul_(scale))
-    dr.copy_(dr_acc)
-    return dq, dk, dv, dr, du, dw
+    needs_q, needs_k, needs_v, needs_r, needs_content, needs_position = needs_grad
+    dq, dk, dv, *_ = grads = [
+        torch.empty_like(x) if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
+    ]
+    # What every batch adds to stays in the compute dtype until the end.
+    dr, dcontent, dposition = sums = [
+        torch.zeros(x.shape, dtype=compute_dtype(q.dtype), device=q.device) if needed else None
+        for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
+    ]
+    B, H, T, _ = q.shape
+    size = plan(B, H, T, k.shape[2])
+    for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
+        group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
+        h, _, b, D = group.q_content.shape
+        dout_lanes = group.lanes(dout).contiguous()
+        dk_lanes = torch.zeros_like(group.k) if needs_k else None
+        dv_lanes = torch.zeros_like(group.v) if needs_v else None
+        dscores = torch.empty_like(group.scores)
+        for rows in spans(T, size.rows):
+            tile = Tile(group, rows)
+            p = tile.scores()
+            torch.softmax(p, -1, out=p)
+            if needs_v:
+                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes[:, rows])
+            ds = torch.bmm(dout_lanes[:, rows], tile.v.mT, out=dscores[: p.numel()].view_as(p))
+            torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+            if dlse is not None:
+                ds.addcmul_(p, group.lanes(dlse)[:, rows, None])
+            if needs_k:
+                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content)
+            if needs_q or needs_content:
+                dq_content = torch.bmm(ds, tile.k).view(h, b, -1, D)
+            if needs_q or needs_r or needs_position:
+                ds_raw = tile.to_raw(ds)
+            if needs_r:
+                _add_product(dr[heads, tile.r_rows], ds_raw.mT, tile.q_position)
+            if needs_q or needs_position:
+                dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).transpose(1, 2)
+            if needs_content:
+                dcontent[heads] += dq_content.sum((1, 2))
+            if needs_position:
+                dposition[heads] += dq_position.sum((1, 2))
+            if needs_q:
+                dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale).transpose(0, 1)
+        for grad, lanes in ((dk, dk_lanes), (dv, dv_lanes)):
+            if grad is not None:
+                grad[batches, heads] = lanes.view(b, h, -1, D)
+    for bias_sum in (dcontent, dposition):
+        if bias_sum is not None:
+            bias_sum.mul_(scale)
+    for grad, total in zip(grads[3:], sums, strict=True):
+        if grad is not None:
+            grad.copy_(total)
+    return tuple(grads)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place."""
+    torch.baddbmm(total, a, b, out=total)

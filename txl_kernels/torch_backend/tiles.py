@@ -7,7 +7,9 @@ are cut into tiles, and the scores of one tile are the largest thing that is eve
 The rel-shift costs no arithmetic. The position term of a tile with t queries and n keys is one matrix product
 with the tile's band of r, in raw coordinates: query ii finds key jj in column jj - ii + t - 1. With rows that
 advance by one element less, the same memory reads as (ii, jj). In raw coordinates the causal edge is a straight
-line, column n: hiding the future is one rectangular fill, and no column beyond it is computed.
+line, column n: hiding the future is one rectangular fill, and no column beyond it is ever computed.
+
+In shapes below g = b * h are the group's lanes (b batches, h heads, one of the two 1).
 """
 
 from collections.abc import Iterator
@@ -18,17 +20,16 @@ from torch import Tensor
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
-# Scores per tile and rows per tile, found by measurement on two cores. Larger tiles fall out of the cache and, at
-# the causal edge, multiply more that is hidden; smaller ones starve the matrix products.
+# Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
+# smaller ones starve the matrix products.
 TILE_SCORES = 1 << 19
 MAX_ROWS = 128
-# Row pitch of the raw buffer is a multiple of this many elements: products into aligned rows are up to a third
-# faster.
+# The raw buffer's rows start at multiples of this many elements: products are up to a third faster so.
 PITCH = 16
 
 
 class Plan(NamedTuple):
-    """Size of a group, batches x heads with one of them 1, and query rows of its tiles."""
+    """Lanes of a group, batches x heads with one of the two 1, and query rows of its tiles."""
 
     batches: int
     heads: int
@@ -36,45 +37,122 @@ class Plan(NamedTuple):
 
 
 def plan(B: int, H: int, T: int, S: int) -> Plan:
-    """Cuts a problem so that a tile holds about TILE_SCORES scores, and one lane and row at least."""
-    rows = max(1, min(T, MAX_ROWS, TILE_SCORES // max(1, S)))
-    tiles = -(-T // rows)
-    rows = -(-T // max(1, tiles))  # of equal height
-    lanes = max(1, TILE_SCORES // max(1, rows * S))
+    """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one lane at least."""
+    most_rows = max(1, min(MAX_ROWS, TILE_SCORES // max(S, 1)))
+    rows = -(-T // max(1, -(-T // most_rows)))  # tiles of equal height
+    lanes = max(1, TILE_SCORES // max(rows * S, 1))
     return Plan(min(B, lanes), 1, rows) if B > 1 else Plan(1, min(H, lanes), rows)
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
     """Slices of at most `step` elements that cover range(size)."""
-    return (slice(start, min(start + step, size)) for start in range(0, size, max(1, step)))
+    return (slice(start, min(start + step, size)) for start in range(0, size, max(step, 1)))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores and gradients are computed: float32, or float64 for float64 inputs."""
+    """The dtype of all arithmetic: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-class Tile(NamedTuple):
-    """Some query rows of a group against the n keys that they see; g lanes = b batches x h heads, one of them 1.
+class Group:
+    """Some (batch, head) lanes: their inputs in the compute dtype, and the buffers that their tiles share.
 
     Attributes:
-        rows: the query rows, t of them.
-        q_content: scale * (q + u), (g, t, D).
-        q_position: scale * (q + v), (h, t * b, D).
-        k, v: (g, n, D).
-        r_rows: which rows of r the tile uses.
-        r: those rows, (h, P of the tile, D).
-        raw_band: the raw buffer's columns of those rows, (h, t * b, P of the tile).
-        shifted: the raw buffer as (h, b, t, n).
+        k, v: (g, S, D); views where the inputs have the compute dtype.
+        r: (h, P, D).
+        q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
     """
 
+    def __init__(
+        self,
+        inputs: Inputs,
+        batches: slice,
+        heads: slice,
+        rows: int,
+        is_causal: bool,
+        scale: float,
+        first_distance: int,
+    ) -> None:
+        q, k, v, r, content_bias, position_bias = inputs
+        self.batches, self.heads, self.is_causal = batches, heads, is_causal
+        self.k, self.v = self.lanes(k), self.lanes(v)
+        self.r = r[heads].to(self.k.dtype)
+        queries = q[batches, heads].permute(1, 2, 0, 3).to(self.k.dtype)
+        self.q_content = _scaled_sum(queries, content_bias, heads, scale)
+        self.q_position = _scaled_sum(queries, position_bias, heads, scale)
+        self.memory = k.shape[2] - q.shape[2]
+        self.first_distance = first_distance
+        g, S, _ = self.k.shape
+        self.raw = self.k.new_empty(g * rows * _pitch(rows, S))
+        self.scores = self.k.new_empty(g * rows * S)
 
-class Group:
-    """Some (batch, head) lanes: their inputs in the compute dtype and the buffers that their tiles share.
+    def lanes(self, x: Tensor) -> Tensor:
+        """The group's part of x (B, H, ...) as (g, ...), in the compute dtype."""
+        return x[self.batches, self.heads].flatten(0, 1).to(compute_dtype(x.dtype))
 
-    Args:
-        inputs: q (B, H, T, D), k and v (B, H, S, D), r (H, P, D), content_bias and position_bias (H, D) or None.
-        batches, heads: the lanes; one of the two has length 1.
-        rows: of the largest tile.
-        is_causal, scale, first_distance: as in rel_attention.
+
+class Tile:
+    """Query rows of a group, t of them, against the n keys that at least one of them sees.
+
+    Attributes:
+        k, v: those keys and values, (g, n, D).
+        q_content: (g, t, D).
+        q_position: (h, t * b, D).
+        r: the rows of r that the tile uses, (h, p, D).
+        r_rows: which rows these are.
     """
+
+    def __init__(self, group: Group, rows: slice) -> None:
+        h, _, b, _ = group.q_position.shape
+        t = rows.stop - rows.start
+        n = group.memory + rows.stop if group.is_causal else group.k.shape[1]
+        self.n, self.k, self.v = n, group.k[:, :n], group.v[:, :n]
+        self.q_content = group.q_content[:, rows].transpose(1, 2).flatten(0, 1)
+        self.q_position = group.q_position[:, rows].flatten(1, 2)
+
+        pitch = _pitch(t, n)
+        self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
+        self._shifted = self._raw.as_strided((h, b, t, n), (t * b * pitch, pitch, b * pitch - 1, 1), t - 1)
+        self._scores = group.scores[: h * b * t * n].view(h, b, t, n)
+
+        # Raw column x belongs to row first_row + x of r, which need not exist.
+        first_row = group.first_distance - group.memory - (rows.stop - 1)
+        columns = n if group.is_causal else n + t - 1
+        begin = min(max(-first_row, 0), columns)
+        end = max(min(group.r.shape[1] - first_row, columns), begin)
+        self.r_rows = slice(first_row + begin, first_row + end)
+        self.r = group.r[:, self.r_rows]
+        self._band = self._raw[..., begin:end]
+        self._without_row = (self._raw[..., :begin], self._raw[..., end:columns])
+        self._beyond_keys = self._raw[..., n:]
+        self._before_keys = self._raw[..., : t - 1]
+        self._is_causal = group.is_causal
+
+    def scores(self) -> Tensor:
+        """Scores scale * (AC + BD), -inf where hidden: (g, t, n), valid until the next tile's."""
+        torch.bmm(self.q_position, self.r.mT, out=self._band)
+        for columns in self._without_row:
+            columns.zero_()
+        if self._is_causal:
+            self._beyond_keys.fill_(-torch.inf)
+        scores = self._scores.copy_(self._shifted).flatten(0, 1)
+        return torch.baddbmm(scores, self.q_content, self.k.mT, out=scores)
+
+    def to_raw(self, dscores: Tensor) -> Tensor:
+        """Moves dscores (g, t, n) into raw coordinates: (h, t * b, p), for the rows of r that the tile uses."""
+        self._before_keys.zero_()
+        self._beyond_keys.zero_()
+        self._shifted.copy_(dscores.view_as(self._shifted))
+        return self._band
+
+
+def _pitch(rows: int, keys: int) -> int:
+    return -(-(keys + rows - 1) // PITCH) * PITCH
+
+
+def _scaled_sum(queries: Tensor, bias: Tensor | None, heads: slice, scale: float) -> Tensor:
+    """scale * (queries + bias) as a dense (h, T, b, D), for queries of that shape and bias (H, D) or None."""
+    result = queries.new_empty(queries.shape)
+    if bias is None:
+        return torch.mul(queries, scale, out=result)
+    return torch.add(queries, bias[heads, None, None], out=result).mul_(scale)

@@ -49,10 +49,10 @@ _HALF = {
 }
 # float32 elements: one row for every generation, sized for the smallest shared memory.
 _FLOAT = {
-    "forward": {64: Launch(32, 32, 4, 1), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
-    "dq": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
-    "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
-    "dr": {64: Launch(32, 32, 4, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "forward": {64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    "dq": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "dkv": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+    "dr": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
 }
 
 

@@ -1,0 +1,45 @@
+# make test, make bench: on a fresh machine each sets up .venv by itself. make gpu: with a Python that has torch.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest
+
+.PHONY: test test-cpu test-interpreter test-compile test-all lint bench bench-smoke gpu clean
+
+# Kernels defined in interpreter mode cannot be compiled: three processes.
+test: test-cpu test-interpreter test-compile
+
+test-cpu: $(VENV)/ready
+	$(PYTEST) tests --ignore=tests/interpreter --ignore=tests/compile -m "not long and not gpu"
+
+test-interpreter: $(VENV)/ready
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not long"
+
+test-compile: $(VENV)/ready
+	$(PYTEST) tests/compile -m "not long"
+
+test-all: test
+	$(PYTEST) tests --ignore=tests/interpreter -m "long and not gpu"
+	$(RUN) -m tests.mutations
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/ready
+	$(PYTEST) benchmarks --benchmark-only
+
+bench-smoke: $(VENV)/ready
+	$(PYTEST) benchmarks --benchmark-only --smoke
+
+# Nothing is installed. Each part stays under 9 minutes; finished parts are skipped when it is run again.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks build dist *.egg-info
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,59 @@
+"""Every kernel compiled ahead of time for GPUs that need not be there, with the compiler's resource report."""
+
+import pytest
+import torch
+
+from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch, specialization_key
+
+KERNELS = ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel", "backward_dr_kernel")
+VECTOR_KERNELS = ("column_kernel", "delta_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_fit_the_target(target, D, dtype, launches, record_property):
+    """Compiles, uses the matrix unit, stays within shared memory; the forward spills nothing on sm_90."""
+    recorded = launches(target, D, dtype)
+    assert set(recorded) == {*KERNELS, *VECTOR_KERNELS}
+    for name, launch in recorded.items():
+        resources = compile_launch(launch, target)
+        record_property(f"{name} {target} D={D} {dtype}", str(resources))
+        assert resources.shared_memory <= SHARED_MEMORY_LIMIT[target], name
+        if name in KERNELS:
+            assert resources.matrix_instructions > 0, f"{name}: no matrix instructions"
+        if name == "forward_kernel" and target == "sm_90":
+            assert resources.spill_bytes == 0, f"{name}: {resources}"
+
+
+@pytest.mark.parametrize("D", [41, 256])
+def test_padded_and_largest_head_size(D, launches):
+    for name, launch in launches("sm_90", D).items():
+        assert compile_launch(launch, "sm_90").shared_memory <= SHARED_MEMORY_LIMIT["sm_90"], name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_kernels_fit_the_target(target, D, launches):
+    for name, launch in launches(target, D, torch.float32).items():
+        assert compile_launch(launch, target).shared_memory <= SHARED_MEMORY_LIMIT[target], name
+
+
+def test_lengths_do_not_compile_variants(launches):
+    """One variant of every kernel serves all lengths, aligned or not, 1 included; T = 1 has its unit strides."""
+    for D in (64, 41):
+        keys = {name: set() for name in (*KERNELS, *VECTOR_KERNELS)}
+        for T in (1, 150, 160, 512, 513):
+            for M in (0, 150, 512, 1600):
+                for name, launch in launches("sm_90", D, T=T, M=M).items():
+                    keys[name].add(specialization_key(launch))
+        assert {name: len(variants) for name, variants in keys.items()} == dict.fromkeys(keys, 1)
+
+
+def test_a_missing_bias_is_a_variant_of_its_own(launches):
+    """The counterpart: what must be compiled differently does change the key."""
+    with_biases, without = launches("sm_90", 64), launches("sm_90", 64, biases=False)
+    assert set(without) == {*KERNELS, "delta_kernel"}
+    for name in KERNELS:
+        assert specialization_key(with_biases[name]) != specialization_key(without[name])
