@@ -207,6 +207,13 @@ def test_operator_passes_opcheck():
     assert set(results.values()) == {"SUCCESS"}
 
 
+def test_meta_tensors_have_shapes_only():
+    inputs = {name: x.to("meta") for name, x in inputs_with().items()}
+    out, lse = rel_attention(**inputs, return_lse=True)
+    assert out.is_meta
+    assert (out.shape, lse.shape) == ((B, H, T, D), (B, H, T))
+
+
 def test_no_gradient_work_without_gradients():
     inputs = {name: x.requires_grad_() for name, x in inputs_with().items()}
     with torch.no_grad():

@@ -74,7 +74,7 @@ def rel_attention(
         TypeError: A tensor, dtype, device or option is not of a kind listed above.
         ValueError: A shape does not fit, r has too few rows, or the backend cannot run these tensors.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and op.autocast_enabled(q):
         q, k, v, r = (_autocast(x) for x in (q, k, v, r))
     check_inputs(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance)
     if backend is None:

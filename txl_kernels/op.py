@@ -40,10 +40,15 @@ def unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; some devices have none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     """Dtypes are settled when the operator runs: autocast must not touch the products inside a backend."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -54,40 +54,39 @@ def backward(
     size = plan(B, H, T, k.shape[2])
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
         group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
-        h, _, b, D = group.q_content.shape
-        dout_lanes = group.lanes(dout).contiguous()
-        dk_lanes = torch.zeros_like(group.k) if needs_k else None
-        dv_lanes = torch.zeros_like(group.v) if needs_v else None
-        dscores = torch.empty_like(group.scores)
+        b, h, _, D = group.k.shape
+        dk_lanes = group.k.new_zeros(b * h, *group.k.shape[2:]) if needs_k else None
+        dv_lanes = group.v.new_zeros(b * h, *group.v.shape[2:]) if needs_v else None
         for rows in spans(T, size.rows):
             tile = Tile(group, rows)
             p = tile.scores()
             torch.softmax(p, -1, out=p)
+            dout_lanes = dout[batches, heads, rows].to(p.dtype).flatten(0, 1).contiguous()
             if needs_v:
-                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes[:, rows])
-            ds = torch.bmm(dout_lanes[:, rows], tile.v.mT, out=dscores[: p.numel()].view_as(p))
+                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes)
+            ds = torch.bmm(dout_lanes, tile.v.flatten(0, 1).mT)
             torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
-                ds.addcmul_(p, group.lanes(dlse)[:, rows, None])
+                ds.addcmul_(p, dlse[batches, heads, rows].flatten(0, 1)[..., None])
             if needs_k:
-                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content)
+                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1))
             if needs_q or needs_content:
-                dq_content = torch.bmm(ds, tile.k).view(h, b, -1, D)
+                dq_content = torch.bmm(ds, tile.k.flatten(0, 1)).view(b, h, -1, D)
             if needs_q or needs_r or needs_position:
                 ds_raw = tile.to_raw(ds)
             if needs_r:
                 _add_product(dr[heads, tile.r_rows], ds_raw.mT, tile.q_position)
             if needs_q or needs_position:
-                dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).transpose(1, 2)
+                dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).permute(2, 0, 1, 3)
             if needs_content:
-                dcontent[heads] += dq_content.sum((1, 2))
+                dcontent[heads] += dq_content.sum((0, 2))
             if needs_position:
-                dposition[heads] += dq_position.sum((1, 2))
+                dposition[heads] += dq_position.sum((0, 2))
             if needs_q:
-                dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale).transpose(0, 1)
+                dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale)
         for grad, lanes in ((dk, dk_lanes), (dv, dv_lanes)):
             if grad is not None:
-                grad[batches, heads] = lanes.view(b, h, -1, D)
+                grad[batches, heads] = lanes.view(group.k.shape)
     for bias_sum in (dcontent, dposition):
         if bias_sum is not None:
             bias_sum.mul_(scale)

@@ -1,5 +1,7 @@
 """The forward pass of the torch backend."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -32,16 +34,28 @@ def forward(
     inputs = (q, k, v, r, content_bias, position_bias)
     B, H, T, _ = q.shape
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
+    attend = _attend_fused if q.device.type == "cpu" else _attend
     size = plan(B, H, T, k.shape[2])
-    for heads in spans(H, size.heads):
-        for batches in spans(B, size.batches):
-            group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
-            for rows in spans(T, size.rows):
-                tile = Tile(group, rows)
-                p = tile.scores()
-                row_max = p.amax(-1)
-                torch.softmax(p, -1, out=p)
-                out[batches, heads, rows] = torch.bmm(p, tile.v).view_as(out[batches, heads, rows])
-                # The largest probability is 1 / sum(exp(score - row_max)): no pass of its own for the sum.
-                lse[batches, heads, rows] = (row_max - p.amax(-1).log_()).view_as(lse[batches, heads, rows])
+    for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
+        group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
+        for rows in spans(T, size.rows):
+            tile_out, tile_lse = attend(Tile(group, rows))
+            out[batches, heads, rows], lse[batches, heads, rows] = tile_out, tile_lse
     return out, lse
+
+
+def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
+    """out (b, h, t, D) and lse (b, h, t) of a tile by PyTorch's fused CPU attention, BD being its mask."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        tile.q_content, tile.k, tile.v, attn_mask=tile.position_scores(), scale=1.0
+    )
+
+
+def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
+    """As _attend_fused, on any device."""
+    p = tile.scores()
+    row_max = p.amax(-1)
+    torch.softmax(p, -1, out=p)
+    shape = tile.q_content.shape
+    # The largest probability is 1 / sum(exp(score - row_max)).
+    return torch.bmm(p, tile.v.flatten(0, 1)).view(shape), (row_max - p.amax(-1).log()).view(shape[:3])

@@ -29,7 +29,7 @@ PITCH = 16
 
 
 class Plan(NamedTuple):
-    """Lanes of a group, batches x heads with one of the two 1, and query rows of its tiles."""
+    """Batches and heads of a group, and query rows of its tiles."""
 
     batches: int
     heads: int
@@ -37,11 +37,15 @@ class Plan(NamedTuple):
 
 
 def plan(B: int, H: int, T: int, S: int) -> Plan:
-    """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one lane at least."""
+    """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one lane at least.
+
+    Batches come first: they share r, so that the position term of all is one product.
+    """
     most_rows = max(1, min(MAX_ROWS, TILE_SCORES // max(S, 1)))
     rows = -(-T // max(1, -(-T // most_rows)))  # tiles of equal height
     lanes = max(1, TILE_SCORES // max(rows * S, 1))
-    return Plan(min(B, lanes), 1, rows) if B > 1 else Plan(1, min(H, lanes), rows)
+    batches = max(1, min(B, lanes))
+    return Plan(batches, max(1, min(H, lanes // batches)), rows)
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -55,10 +59,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Group:
-    """Some (batch, head) lanes: their inputs in the compute dtype, and the buffers that their tiles share.
+    """Some (batch, head) lanes: their inputs in the compute dtype, and the buffer that their tiles share.
 
     Attributes:
-        k, v: (g, S, D); views where the inputs have the compute dtype.
+        k, v: (b, h, S, D); views where the inputs have the compute dtype.
         r: (h, P, D).
         q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
     """
@@ -74,29 +78,27 @@ class Group:
         first_distance: int,
     ) -> None:
         q, k, v, r, content_bias, position_bias = inputs
-        self.batches, self.heads, self.is_causal = batches, heads, is_causal
-        self.k, self.v = self.lanes(k), self.lanes(v)
-        self.r = r[heads].to(self.k.dtype)
-        queries = q[batches, heads].permute(1, 2, 0, 3).to(self.k.dtype)
-        self.q_content = _scaled_sum(queries, content_bias, heads, scale)
-        self.q_position = _scaled_sum(queries, position_bias, heads, scale)
+        dtype = compute_dtype(q.dtype)
+        self.is_causal = is_causal
+        self.k, self.v = (x[batches, heads].to(dtype) for x in (k, v))
+        self.r = r[heads].to(dtype)
+        queries = q[batches, heads].permute(1, 2, 0, 3).to(dtype)
+        self.q_content, self.q_position = (
+            _scaled_sum(queries, bias, heads, scale) for bias in (content_bias, position_bias)
+        )
         self.memory = k.shape[2] - q.shape[2]
         self.first_distance = first_distance
-        g, S, _ = self.k.shape
-        self.raw = self.k.new_empty(g * rows * _pitch(rows, S))
-        self.scores = self.k.new_empty(g * rows * S)
-
-    def lanes(self, x: Tensor) -> Tensor:
-        """The group's part of x (B, H, ...) as (g, ...), in the compute dtype."""
-        return x[self.batches, self.heads].flatten(0, 1).to(compute_dtype(x.dtype))
+        b, h, S, _ = self.k.shape
+        self.raw = self.k.new_empty(b * h * rows * _pitch(rows, S))
 
 
 class Tile:
     """Query rows of a group, t of them, against the n keys that at least one of them sees.
 
     Attributes:
-        k, v: those keys and values, (g, n, D).
-        q_content: (g, t, D).
+        n: the number of keys.
+        k, v: those keys and values, (b, h, n, D).
+        q_content: (b, h, t, D).
         q_position: (h, t * b, D).
         r: the rows of r that the tile uses, (h, p, D).
         r_rows: which rows these are.
@@ -105,15 +107,14 @@ class Tile:
     def __init__(self, group: Group, rows: slice) -> None:
         h, _, b, _ = group.q_position.shape
         t = rows.stop - rows.start
-        n = group.memory + rows.stop if group.is_causal else group.k.shape[1]
-        self.n, self.k, self.v = n, group.k[:, :n], group.v[:, :n]
-        self.q_content = group.q_content[:, rows].transpose(1, 2).flatten(0, 1)
+        self.n = n = group.memory + rows.stop if group.is_causal else group.k.shape[2]
+        self.k, self.v = group.k[:, :, :n], group.v[:, :, :n]
+        self.q_content = group.q_content[:, rows].permute(2, 0, 1, 3)
         self.q_position = group.q_position[:, rows].flatten(1, 2)
 
         pitch = _pitch(t, n)
         self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
-        self._shifted = self._raw.as_strided((h, b, t, n), (t * b * pitch, pitch, b * pitch - 1, 1), t - 1)
-        self._scores = group.scores[: h * b * t * n].view(h, b, t, n)
+        self._shifted = self._raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), t - 1)
 
         # Raw column x belongs to row first_row + x of r, which need not exist.
         first_row = group.first_distance - group.memory - (rows.stop - 1)
@@ -124,25 +125,28 @@ class Tile:
         self.r = group.r[:, self.r_rows]
         self._band = self._raw[..., begin:end]
         self._without_row = (self._raw[..., :begin], self._raw[..., end:columns])
-        self._beyond_keys = self._raw[..., n:]
-        self._before_keys = self._raw[..., : t - 1]
+        self._before_keys, self._beyond_keys = self._raw[..., : t - 1], self._raw[..., n:]
         self._is_causal = group.is_causal
 
-    def scores(self) -> Tensor:
-        """Scores scale * (AC + BD), -inf where hidden: (g, t, n), valid until the next tile's."""
+    def position_scores(self) -> Tensor:
+        """scale * BD, -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
+        if self._is_causal:
+            self._beyond_keys.fill_(-torch.inf)
         torch.bmm(self.q_position, self.r.mT, out=self._band)
         for columns in self._without_row:
             columns.zero_()
-        if self._is_causal:
-            self._beyond_keys.fill_(-torch.inf)
-        scores = self._scores.copy_(self._shifted).flatten(0, 1)
-        return torch.baddbmm(scores, self.q_content, self.k.mT, out=scores)
+        return self._shifted
+
+    def scores(self) -> Tensor:
+        """scale * (AC + BD), -inf where hidden: (b * h, t, n)."""
+        scores = self.position_scores().contiguous().flatten(0, 1)
+        return torch.baddbmm(scores, self.q_content.flatten(0, 1), self.k.flatten(0, 1).mT, out=scores)
 
     def to_raw(self, dscores: Tensor) -> Tensor:
-        """Moves dscores (g, t, n) into raw coordinates: (h, t * b, p), for the rows of r that the tile uses."""
+        """Moves dscores (b * h, t, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
         self._before_keys.zero_()
         self._beyond_keys.zero_()
-        self._shifted.copy_(dscores.view_as(self._shifted))
+        self._shifted.copy_(dscores.view(self._shifted.shape))
         return self._band
 
 

@@ -1,0 +1,1 @@
+"""Speed, memory and training comparisons of `txl_kernels` with the eager reference."""

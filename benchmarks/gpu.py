@@ -1,0 +1,89 @@
+"""`make gpu`: the GPU tests, then the benchmarks, in parts that can be resumed, each under nine minutes.
+
+Uses the interpreter it runs in and installs nothing. A finished part leaves a file in the state folder and is
+skipped the next time; run it again until it says that all parts are done. Afterwards the benchmarks' results are
+saved, merged, in benchmarks/results/<gpu>/.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.shapes import SHAPES
+
+ROOT = Path(__file__).parent.parent
+STATE = ROOT / ".benchmarks" / "gpu"
+TESTS = ["tests/gpu", "-m", "gpu"]
+DTYPES = ("bf16", "fp16", "fp32")
+UNFINISHED = 75  # exit status: call again
+
+
+def parts() -> Iterator[tuple[str, list[str]]]:
+    """Name and pytest arguments of every part, tests first."""
+    for dtype in DTYPES:
+        yield f"tests-{dtype}", [*TESTS, "-k", dtype]
+    yield "tests-others", [*TESTS, "-k", f"not ({' or '.join(DTYPES)})"]
+    for shape in SHAPES:
+        yield f"benchmark-{shape}", ["benchmarks/test_attention.py", "--benchmark-only", "-k", shape]
+    yield "benchmark-training", ["benchmarks/test_language_model.py", "--benchmark-only"]
+
+
+def run_part(name: str, arguments: list[str], seconds: float) -> bool | None:
+    """Runs one part: whether it passed, or None when the time was up."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    if name.startswith("benchmark"):
+        command += [f"--benchmark-json={STATE / name}.json", "--device=cuda"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    print(f"== {name}", flush=True)
+    try:
+        status = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
+    if status == 0:
+        (STATE / f"{name}.done").touch()
+    return status == 0
+
+
+def save(results: Path) -> None:
+    """Merges the parts' results into one file for this GPU."""
+    found = sorted(STATE.glob("benchmark-*.json"))
+    device = report.load(found)[0]["extra_info"]["machine"]["device"]
+    folder = results / re.sub(r"\W+", "-", device.lower()).strip("-")
+    report.main([*map(str, found), "--save", str(folder / f"{date.today()}.json")])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9, help="stop before this, to be called again")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where results are saved")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"no GPU that torch {torch.__version__} sees")
+    STATE.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    failed = []
+    for name, arguments in parts():
+        if (STATE / f"{name}.done").exists():
+            continue
+        passed = run_part(name, arguments, deadline - time.monotonic())
+        if passed is None:
+            print(f"time is up in {name}; failed so far: {failed or 'nothing'}; run it again for the rest")
+            sys.exit(UNFINISHED)
+        failed += [] if passed else [name]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    save(options.results)
+    print("all parts are done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Measuring two callables against each other: time in alternation, peak memory, agreement."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from tests.accuracy import Tensors, truth_and_reference
+
+Thunk = Callable[[], object]
+
+
+class Clock:
+    """The timer given to pytest-benchmark: it advances by measured seconds only.
+
+    So the saved statistics hold what the stopwatch measured (events on a GPU, without the flush before them).
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def now(self) -> float:
+        return self._seconds
+
+    def advance(self, seconds: float) -> None:
+        self._seconds += seconds
+
+
+CLOCK = Clock()
+
+
+class Stopwatch:
+    """Times one call in seconds: by events behind a flushed L2 on a GPU, by the wall clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush = None
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(max(4 * l2_bytes, 256 << 20), dtype=torch.int8, device=device)
+
+    def __call__(self, function: Thunk) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+class Pair:
+    """Ours and the reference, timed in turn, so that whatever slows the machine down hits both.
+
+    Args:
+        ours: what is measured.
+        reference: what it is compared with; None when it does not fit into memory.
+        stopwatch: times one call.
+    """
+
+    def __init__(self, ours: Thunk, reference: Thunk | None, stopwatch: Stopwatch) -> None:
+        self.ours, self.reference, self._stopwatch = ours, reference, stopwatch
+        self.ours_seconds: list[float] = []
+        self.reference_seconds: list[float] = []
+
+    def run(self, benchmark, rounds: int, after_round: Thunk | None = None) -> None:
+        """Fills the pytest-benchmark fixture with our times; the reference runs before each."""
+        setup = self._time_reference if self.reference is not None else None
+        benchmark.pedantic(self._time_ours, setup=setup, rounds=rounds, teardown=after_round)
+
+    def results(self) -> dict[str, float | None]:
+        """Medians in seconds, and how many times faster ours is: the median of the paired ratios."""
+        found = {"seconds": median(self.ours_seconds), "reference_seconds": None, "ratio": None}
+        if self.reference_seconds:
+            pairs = zip(self.reference_seconds, self.ours_seconds, strict=True)
+            found["reference_seconds"] = median(self.reference_seconds)
+            found["ratio"] = median(reference / ours for reference, ours in pairs)
+        return found
+
+    def _time_reference(self) -> None:
+        self.reference_seconds.append(self._stopwatch(self.reference))
+
+    def _time_ours(self) -> None:
+        seconds = self._stopwatch(self.ours)
+        self.ours_seconds.append(seconds)
+        CLOCK.advance(seconds)
+
+
+def rounds_within(seconds: float, per_round: float) -> int:
+    """How many rounds fit into a time budget: at least 5 for a median, at most 200."""
+    return min(max(5, int(seconds / per_round)), 200)
+
+
+def peak_memory(function: Thunk, device: torch.device) -> int:
+    """Bytes that one call holds at its peak, beyond what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # negative where memory is freed
+        peak = max(peak, held)
+    return peak
+
+
+def truth_and_reference_by_head(inputs: Tensors, dout: Tensor | None) -> tuple[Tensors, Tensors]:
+    """tests.accuracy.truth_and_reference, a head at a time: float64 scores of a full shape need not fit."""
+
+    def head(x: Tensor | None, h: int) -> Tensor | None:
+        return x if x is None else x.narrow(1 if x.dim() == 4 else 0, h, 1)
+
+    parts = [
+        truth_and_reference({name: head(x, h) for name, x in inputs.items()}, head(dout, h))
+        for h in range(inputs["q"].shape[1])
+    ]
+
+    def joined(heads: list[Tensors]) -> Tensors:
+        return {name: torch.cat([p[name] for p in heads], dim=1 if x.dim() == 4 else 0) for name, x in heads[0].items()}
+
+    truths, references = zip(*parts, strict=True)
+    return joined(truths), joined(references)
