@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: test test-cpu test-interpreter test-compile test-all lint bench bench-smoke gpu clean
+.PHONY: test test-cpu test-interpreter test-compile test-all lint bench bench-smoke gpu resources clean
 
 # Kernels defined in interpreter mode cannot be compiled: three processes.
 test: test-cpu test-interpreter test-compile
@@ -35,6 +35,10 @@ bench-smoke: $(VENV)/ready
 # Nothing is installed. Each part stays under 9 minutes; finished parts are skipped when it is run again.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
+
+# Registers, spills, shared memory and instructions of every kernel for every GPU generation; needs no GPU.
+resources: $(VENV)/ready
+	$(RUN) -m tests.compile > benchmarks/resources.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .benchmarks build dist *.egg-info

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth
 from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
 
 H, D, C = 2, 5, 12  # H * D != C and an odd head size, so that no two sizes can be mistaken for each other
@@ -72,3 +73,16 @@ def run(
         out, list(leaves.values()), gout.to(out.dtype), materialize_grads=True
     )  # without memory nothing depends on the empty mems
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def assert_as_accurate(
+    got: dict[str, Tensor], wanted: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """The error policy for what run() returns, dtype being that of the products.
+
+    Autocast hands its 16-bit numbers out as float32, so they are held to the policy in the 16-bit dtype.
+    """
+    for name in truth:
+        assert got[name].dtype == wanted[name].dtype, f"{name}: {got[name].dtype}, not {wanted[name].dtype}"
+        factor = OUTPUT_FACTOR if name == "out" else GRADIENT_FACTOR
+        assert_close_to_truth(name, got[name].to(dtype), truth[name], wanted[name].to(dtype), factor)

@@ -96,7 +96,7 @@ def test_bidirectional_needs_the_negative_distances():
 
 def test_triton_refuses_float64():
     inputs = {name: x.double() for name, x in inputs_with().items()}
-    with pytest.raises(TypeError, match="backend: 'triton' takes float16, bfloat16 and float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"'triton' takes .* float32, got torch\.float64"):
         rel_attention(**inputs, backend="triton")
 
 

@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
-from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth
-from tests.layer_tools import INPUTS, C, CountOps, D, H, make_inputs, make_layer, original_mask, run
+from tests.layer_tools import (
+    INPUTS,
+    C,
+    CountOps,
+    D,
+    H,
+    assert_as_accurate,
+    make_inputs,
+    make_layer,
+    original_mask,
+    run,
+)
 from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "original_attention.npz")
@@ -57,21 +67,24 @@ def test_a_same_length_mask_is_refused():
 
 @pytest.mark.parametrize("pre_lnorm", [False, True], ids=["post_lnorm", "pre_lnorm"])
 @pytest.mark.parametrize(("T", "M"), [(9, 0), (1, 6), (13, 20)])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
-def test_as_accurate_as_the_reference(T, M, pre_lnorm, autocast):
+@pytest.mark.parametrize(
+    ("autocast", "dtype"),
+    [(None, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["float32", "autocast", "autocast_of_bfloat16"],
+)
+def test_as_accurate_as_the_reference(T, M, pre_lnorm, autocast, dtype):
     layer = make_layer(pre_lnorm=pre_lnorm)
     reference = make_layer(ReferenceLayer, pre_lnorm=pre_lnorm)
     reference.load_state_dict(layer.state_dict())
     exact = copy.deepcopy(reference).double()
-    inputs, mask = make_inputs(T, M), original_mask(T, M)
-    gout = torch.randn(T, 3, C, generator=torch.Generator().manual_seed(2))
+    states = {name: x.to(dtype) for name, x in make_inputs(T, M).items() if "bias" not in name}
+    inputs, mask = make_inputs(T, M) | states, original_mask(T, M)
+    gout = torch.randn(T, 3, C, generator=torch.Generator().manual_seed(2)).to(dtype)
 
     got = run(layer, inputs, gout, mask, autocast)
     wanted = run(reference, inputs, gout, mask, autocast)
     truth = run(exact, {name: x.double() for name, x in inputs.items()}, gout.double(), mask)
-    for name in truth:
-        factor = OUTPUT_FACTOR if name == "out" else GRADIENT_FACTOR
-        assert_close_to_truth(name, got[name], truth[name], wanted[name], factor)
+    assert_as_accurate(got, wanted, truth, autocast or dtype)
 
 
 def test_none_means_causal_and_the_future_changes_nothing():

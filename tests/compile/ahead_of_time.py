@@ -25,6 +25,7 @@ SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 *
 _MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bWGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": r"\bv_mfma_"
 }  # fmt: skip
+SPIN_WAIT = 50  # instructions; every tile loop has more
 _TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _BIN = Path(nvidia.__file__).parent / "bin"
 
@@ -126,16 +127,22 @@ def _nvidia_resources(compiled, target: str) -> Resources:
 
 
 def _loops(listing: str) -> list[int]:
-    """Lengths of the innermost loops: from a label to the branch back to it, without another label's loop inside."""
-    address, labels, loops = 0, {}, []
+    """Lengths of the loops with work in them: from a label to the branch back to it.
+
+    Left out are spin waits, which are a few instructions, and branches back from waits placed behind the exit.
+    """
+    address, last_exit, labels, loops = 0, -1, {}, []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = address
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
             address += 1
+            if re.search(r"\bEXIT\b", line):
+                last_exit = address
             branch = re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)
-            if branch and branch[1] in labels and address - labels[branch[1]] > 1:
-                loops.append(address - labels[branch[1]])
+            start = labels.get(branch[1], address) if branch else address
+            if address - start > SPIN_WAIT and last_exit < start:
+                loops.append(address - start)
     return loops
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch, specialization_key
+from tests.compile.recorded import launches
 
 KERNELS = ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel", "backward_dr_kernel")
 VECTOR_KERNELS = ("column_kernel", "delta_kernel")
@@ -12,7 +13,7 @@ VECTOR_KERNELS = ("column_kernel", "delta_kernel")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_fit_the_target(target, D, dtype, launches, record_property):
+def test_kernels_fit_the_target(target, D, dtype, record_property):
     """Compiles, uses the matrix unit, stays within shared memory; the forward spills nothing on sm_90."""
     recorded = launches(target, D, dtype)
     assert set(recorded) == {*KERNELS, *VECTOR_KERNELS}
@@ -27,7 +28,7 @@ def test_kernels_fit_the_target(target, D, dtype, launches, record_property):
 
 
 @pytest.mark.parametrize("D", [41, 256])
-def test_padded_and_largest_head_size(D, launches):
+def test_padded_and_largest_head_size(D):
     for name, launch in launches("sm_90", D).items():
         assert compile_launch(launch, "sm_90").shared_memory <= SHARED_MEMORY_LIMIT["sm_90"], name
 
@@ -35,12 +36,12 @@ def test_padded_and_largest_head_size(D, launches):
 @pytest.mark.long
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
-def test_float32_kernels_fit_the_target(target, D, launches):
+def test_float32_kernels_fit_the_target(target, D):
     for name, launch in launches(target, D, torch.float32).items():
         assert compile_launch(launch, target).shared_memory <= SHARED_MEMORY_LIMIT[target], name
 
 
-def test_lengths_do_not_compile_variants(launches):
+def test_lengths_do_not_compile_variants():
     """One variant of every kernel serves all lengths, aligned or not, 1 included; T = 1 has its unit strides."""
     for D in (64, 41):
         keys = {name: set() for name in (*KERNELS, *VECTOR_KERNELS)}
@@ -51,7 +52,7 @@ def test_lengths_do_not_compile_variants(launches):
         assert {name: len(variants) for name, variants in keys.items()} == dict.fromkeys(keys, 1)
 
 
-def test_a_missing_bias_is_a_variant_of_its_own(launches):
+def test_a_missing_bias_is_a_variant_of_its_own():
     """The counterpart: what must be compiled differently does change the key."""
     with_biases, without = launches("sm_90", 64), launches("sm_90", 64, biases=False)
     assert set(without) == {*KERNELS, "delta_kernel"}

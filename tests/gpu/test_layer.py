@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
-from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth
-from tests.layer_tools import make_inputs, make_layer, original_mask, run
+from tests.layer_tools import assert_as_accurate, make_inputs, make_layer, original_mask, run
 from txl_kernels.causal_mask import require_causal
 from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
 
@@ -25,9 +24,7 @@ def test_gradients_of_a_training_step(dtype):
     got = run(layer, inputs, gout, mask, dtype)
     wanted = run(reference, inputs, gout, mask, dtype)
     truth = run(reference.double(), {name: x.double() for name, x in inputs.items()}, gout.double(), mask)
-    for name in truth:
-        factor = OUTPUT_FACTOR if name == "out" else GRADIENT_FACTOR
-        assert_close_to_truth(name, got[name], truth[name], wanted[name], factor)
+    assert_as_accurate(got, wanted, truth, dtype)
 
 
 def test_layers_that_share_a_mask_synchronise_once():

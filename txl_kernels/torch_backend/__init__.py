@@ -4,7 +4,7 @@ Neither pass allocates anything that grows with T x S: scores exist a tile at a 
 only the output and the log-sum-exp, and the backward computes the scores of each tile again.
 """
 
-from txl_kernels.torch_backend.backward import backward
-from txl_kernels.torch_backend.forward import forward
+from txl_kernels.torch_backend.backward_pass import backward
+from txl_kernels.torch_backend.forward_pass import forward
 
 __all__ = ["backward", "forward"]
