@@ -17,7 +17,7 @@ KERNELS = "txl_kernels/triton_backend"
 MUTATIONS = {
     "rotation off by one": ("primitives.py", "x, columns & (BLOCK_N - 1), axis=1", "x, (columns + 1) & (BLOCK_N - 1), axis=1"),
     "transposed rotation off by one": ("primitives.py", "x, rows & (BLOCK_N - 1), axis=0", "x, (rows + 1) & (BLOCK_N - 1), axis=0"),
-    "block of r chosen one column late": ("primitives.py", "tl.arange(0, BLOCK_N)[None, :]) // BLOCK_N", "tl.arange(0, BLOCK_N)[None, :] + 1) // BLOCK_N"),
+    "block of r chosen one column late": ("primitives.py", "(ii + x) // BLOCK_N", "(ii + x + 1) // BLOCK_N"),
     "wrong block carried": ("primitives.py", "tl.where(e == 0, raw, pending[0])", "tl.where(e == 0, pending[0], raw)"),
     "wrong part collected": ("primitives.py", "tl.where(e == len(partial), raw,", "tl.where(e != len(partial), raw,"),
     "future of one key visible": ("primitives.py", "offs_n < offs_m + reach", "offs_n <= offs_m + reach"),

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
+    block_of,
     head_pointer,
     load_column,
     load_query,
@@ -50,15 +51,15 @@ def _dkv_tile(
     # (N, D) x (D, M) -> (N, M): content, and position once for every block of r that the tile touches
     ac = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     raw = ()
-    for e in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
-        rows = row0 - e * BLOCK_N + tl.arange(0, BLOCK_N)
+    for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
+        rows = row0 - g * BLOCK_N + tl.arange(0, BLOCK_N)
         r = load_rows(r_matrix, rows, D, BLOCK_D)
         block = tl.dot(r, tl.trans(q), input_precision=PRECISION)
         if column_ptr is not None:
             block += load_column(column_ptr, rows, r_matrix[2])[:, None]
         raw = raw + (block,)
-    e_of = (tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]) // BLOCK_N
-    bd = rotate_down(select_block(raw, e_of), BLOCK_M, BLOCK_N)
+    e = block_of(tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None], BLOCK_N)
+    bd = rotate_down(select_block(raw, e), BLOCK_M, BLOCK_N)
     s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[None, :], offs_n[:, None], S, reach), s, float("-inf"))
@@ -66,7 +67,7 @@ def _dkv_tile(
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :])
+    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], PRECISION)
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

@@ -55,7 +55,7 @@ def _dq_tile(
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None])
+    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None], PRECISION)
     ds = ds.to(k.dtype)
     # (M, N) x (N, D) -> (M, D): content, position
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)

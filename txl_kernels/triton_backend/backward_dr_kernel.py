@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
+    block_of,
     head_pointer,
     load_bias,
     load_column,
@@ -30,14 +31,14 @@ def _product_in_rows_of_r(
 ):
     """y[x, ii] = matrix[j0 + ii + x] . a_ii, (N, M): the shift the other way, from keys to rows of r."""
     products = ()
-    for e in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
+    for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
         # (N, D) x (D, M) -> (N, M)
-        block = load_rows(matrix, j0 + e * BLOCK_N + tl.arange(0, BLOCK_N), D, BLOCK_D)
+        block = load_rows(matrix, j0 + g * BLOCK_N + tl.arange(0, BLOCK_N), D, BLOCK_D)
         products = products + (tl.dot(block, tl.trans(a), input_precision=PRECISION),)
-    # Key j0 + e N + y stands at x = (y - ii) mod N of query ii, where e = (ii + x) // N.
+    # Key y of a block stands at x = (y - ii) mod N of query ii.
     ii = tl.arange(0, BLOCK_M)[None, :]
     x = (tl.arange(0, BLOCK_N)[:, None] - ii) & (BLOCK_N - 1)
-    return rotate_up(select_block(products, (ii + x) // BLOCK_N), BLOCK_M, BLOCK_N)
+    return rotate_up(select_block(products, block_of(ii, x, BLOCK_N)), BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def _dr_tile(
     lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :])
+    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], PRECISION)
     # (N, M) x (M, D) -> (N, D)
     dr = tl.dot(ds.to(q.dtype), q, dr, input_precision=PRECISION)
     return dr, colsum + tl.sum(ds, 1)

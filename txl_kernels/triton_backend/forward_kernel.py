@@ -16,11 +16,11 @@ from txl_kernels.triton_backend.primitives import (
 
 
 @triton.jit
-def _softmax_step(acc, l_i, m_i, s):
+def _softmax_step(acc, l_i, m_i, s, PRECISION: tl.constexpr):
     """Online softmax: p = exp(s - m), with the running sums rescaled to the new row maximum."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    p = exp(s - m_new[:, None])
-    alpha = exp(m_i - m_new)
+    p = exp(s - m_new[:, None], PRECISION)
+    alpha = exp(m_i - m_new, PRECISION)
     return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
 
 
@@ -58,7 +58,7 @@ def _forward_tile(
     s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
-    p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s)
+    p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s, PRECISION)
     # (M, N) x (N, D) -> (M, D)
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -217,8 +217,8 @@ def _bias_difference(content_bias: Tensor | None, position_bias: Tensor | None) 
 
 
 def _input_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: exactly, unless the user lets PyTorch use tf32."""
-    return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """ "ieee" for exact float32, unless the user lets PyTorch use tf32."""
+    return "ieee" if dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -7,17 +7,22 @@ Query i sees the keys j < min(S, i + reach): reach = S - T + 1 when causal, S wh
 One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p].
 
 The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
-the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e holding the rows c - e N ... c - e N + N - 1,
-and let raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in raw[(ii + x) // N][ii, x]:
-a select on constants, then a rotation of every row by its own index.
+the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e starting at row c - e N, and let
+raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in raw[(ii + x) // N][ii, x]: a select
+on constants, then a rotation of every row by its own index. The kernels whose programs own keys or rows of r hold
+their tiles transposed, and rotate columns.
 
-A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous.
+A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. PRECISION is that of
+float32 products, "ieee" or "tf32"; it is "tf32" for 16-bit inputs, where it only says that exp need not be exact.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# ln 2 in two parts, the first with 9 bits: its product with an exponent is exact.
+LN_2_HIGH = tl.constexpr(0.693359375)
+LN_2_LOW = tl.constexpr(-2.12194440054690583e-4)
 
 
 @triton.jit
@@ -93,14 +98,14 @@ def position_block(
 
 
 @triton.jit
-def block_of(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """e[ii, x] = (ii + x) // N, the number of the block that row ii needs at column x."""
-    return (tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, BLOCK_N)[None, :]) // BLOCK_N
+def block_of(ii, x, BLOCK_N: tl.constexpr):
+    """The number of the block of r that holds column x of query ii; the two index arrays broadcast."""
+    return (ii + x) // BLOCK_N
 
 
 @triton.jit
 def select_block(blocks, e):
-    """blocks[e[a, b]][a, b] of a tuple of blocks with the shape of e."""
+    """blocks[e], element by element, of a tuple of blocks with the shape of e."""
     selected = blocks[0]
     for g in tl.static_range(1, len(blocks)):
         selected = tl.where(e == g, blocks[g], selected)
@@ -138,7 +143,7 @@ def rotate_up(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def visible_mask(offs_m, offs_n, S, reach):
     """True where query i may attend to key j; the two index arrays broadcast against each other."""
-    return (offs_n >= 0) & (offs_n < S) & (offs_n < offs_m + reach)
+    return (offs_n < S) & (offs_n < offs_m + reach)
 
 
 @triton.jit
@@ -148,7 +153,7 @@ def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     A block is number 0 for its own tile, 1 for the next one, and so on: pending[g] holds what the earlier blocks gave
     to the tile g + 1 steps ahead. (Whole blocks handed on unchanged would keep Triton from pipelining the loop.)
     """
-    e = block_of(BLOCK_M, BLOCK_N)
+    e = block_of(tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
     bd = rotate_right(tl.where(e == 0, raw, pending[0]), BLOCK_M, BLOCK_N)
     later = ()
     for g in tl.static_range(1, len(pending)):
@@ -163,7 +168,7 @@ def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     partial[g] is the gradient of the block g + 1 tiles back, still without the parts of this and later tiles.
     Returns the block that this tile completes, len(partial) tiles back, and the others.
     """
-    e = block_of(BLOCK_M, BLOCK_N)
+    e = block_of(tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
     raw = rotate_left(ds, BLOCK_M, BLOCK_N)
     younger = (raw,)
     for g in tl.static_range(1, len(partial)):
@@ -172,15 +177,27 @@ def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """e^x by the hardware's base-2 exponential; tl.exp adds three instructions for results that underflow anyway."""
-    return tl.exp2(x * LOG2_E)
+def exp(x, PRECISION: tl.constexpr):
+    """e^x for x <= 0, NaN kept.
+
+    2^(x log2 e) has a relative error that grows with |x|, since the product is rounded; so for exact float32 the
+    whole number of powers of two is taken off first (Cody and Waite 1980). tl.exp does neither: it adds instructions
+    for results that underflow anyway.
+    """
+    if PRECISION == "ieee":
+        x = tl.where(x < -150.0, -150.0, x)
+        n = tl.floor(x * LOG2_E + 0.5)
+        remainder = (x - n * LN_2_HIGH) - n * LN_2_LOW
+        y = tl.exp2(n) * tl.exp2(remainder * LOG2_E)
+    else:
+        y = tl.exp2(x * LOG2_E)
+    return y
 
 
 @triton.jit
-def softmax_gradient(s, lse, dp, delta):
+def softmax_gradient(s, lse, dp, delta, PRECISION: tl.constexpr):
     """p = softmax(s) and ds = p (dp - delta), from scores and their log-sum-exp."""
-    p = exp(s - lse)
+    p = exp(s - lse, PRECISION)
     return p, p * (dp - delta)
 
 
