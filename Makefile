@@ -6,8 +6,8 @@ PYTEST := $(RUN) -m pytest
 
 .PHONY: test test-cpu test-interpreter test-compile test-all lint bench bench-smoke gpu resources clean
 
-# Kernels defined in interpreter mode cannot be compiled: three processes.
-test: test-cpu test-interpreter test-compile
+# Kernels defined in interpreter mode cannot be compiled: three processes. Triton exists for Linux only.
+test: test-cpu $(if $(filter Linux,$(shell uname)),test-interpreter test-compile)
 
 test-cpu: $(VENV)/ready
 	$(PYTEST) tests --ignore=tests/interpreter --ignore=tests/compile -m "not long and not gpu"

@@ -24,19 +24,18 @@ def test_any_layout_passes():
     require_causal(mask.expand(5, 8, 4)[:, :, 2:3], 5, 8)
 
 
-@pytest.mark.parametrize(("T", "S"), [(1, 3), (2, 3), (2, 5), (3, 3), (3, 4)])
-def test_of_all_masks_only_the_causal_one_passes(T, S):
-    causal = original_mask(T, S - T)
+@pytest.mark.parametrize(("T", "S", "entries"), [(1, 3, 2), (2, 3, 2), (2, 5, 2), (3, 3, 2), (3, 4, 2), (2, 3, 3)])
+def test_of_all_masks_only_the_causal_one_passes(T, S, entries):
     passed = []
-    for bits in itertools.product((False, True), repeat=T * S):
-        mask = torch.tensor(bits).view(T, S, 1)
+    for mask in itertools.product(range(entries), repeat=T * S):
+        mask = torch.tensor(mask, dtype=torch.uint8).view(T, S, 1)
         try:
             require_causal(mask, T, S)
         except ValueError:
             continue
         passed.append(mask)
     assert len(passed) == 1
-    assert torch.equal(passed[0], causal)
+    assert torch.equal(passed[0], original_mask(T, S - T, torch.uint8))
 
 
 @pytest.mark.parametrize("value", [0, 1, 2, 255])
@@ -47,7 +46,8 @@ def test_the_error_names_the_first_wrong_entry(value):
         if mask[i, j] == value:
             continue
         mask[i, j] = value
-        mask[-1, -1] |= i < T - 1  # a later one, which the message leaves out
+        mask[i, j + 1 :] ^= 1  # later ones, which the message leaves out
+        mask[i + 1 :] ^= 1
         with pytest.raises(
             ValueError, match=rf"attn_mask: .* j > i \+ 3, got {value} at query {i}, key {j} \(1 = hidden\)"
         ):

@@ -199,11 +199,16 @@ def test_bias_dtypes_beside_bfloat16(bias_dtype):
         assert_close_to_truth("out", got["out"], truth["out"], reference["out"].bfloat16(), factor=2)
 
 
-def test_operator_passes_opcheck():
-    inputs = tuple(x.requires_grad_() for x in inputs_with().values())
-    results = torch.library.opcheck(
-        torch.ops.txl_kernels.rel_attention.default, (*inputs, True, D**-0.5, S - 1, "torch"), raise_exception=True
-    )
+@pytest.mark.parametrize("layout", ["bhtd", "tbhd"])
+def test_operator_passes_opcheck(layout):
+    leaves = [x.requires_grad_() for x in make_inputs(B, H, T, M, D, layout=layout).values()]
+    operator = torch.ops.txl_kernels.rel_attention.default
+    results = torch.library.opcheck(operator, (*leaves, True, D**-0.5, S - 1, "torch"))
+    assert set(results.values()) == {"SUCCESS"}
+    out, lse = operator(*leaves, True, D**-0.5, S - 1, "torch")
+    backward = torch.ops.txl_kernels.rel_attention_backward.default
+    saved = [x.detach() for x in (out, lse, *leaves, out, lse)]
+    results = torch.library.opcheck(backward, (*saved, True, D**-0.5, S - 1, "torch", [True] * 6))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -15,7 +15,7 @@ from tests.accuracy import (
     make_inputs,
     truth_and_reference,
 )
-from txl_kernels.torch_backend import backward, forward, tiles
+from txl_kernels.torch_backend import backward, forward, forward_pass, tiles
 
 # Several tiles and several groups of lanes at sizes that an eager float64 truth does in milliseconds.
 SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16}
@@ -23,8 +23,9 @@ SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16}
 
 @pytest.fixture(params=["whole", "tiled"])
 def tiling(request, monkeypatch):
-    """Runs a test with tiles as large as the problem, and with many small ones."""
+    """Runs a test in one tile by the fused attention, and in many tiles as other devices and long queries."""
     if request.param == "tiled":
+        monkeypatch.setattr(forward_pass, "MIN_ROWS_UNFUSED", 0)
         for name, value in SMALL_TILES.items():
             monkeypatch.setattr(tiles, name, value)
 
@@ -117,8 +118,9 @@ def test_against_the_definition(tiling):
         (4, -100),  # nor here
     ],
 )
-def test_banded_rows(P, first_distance, is_causal, tiling):
-    inputs = make_inputs(2, 2, 20, 15, 8, P=P, is_causal=is_causal)
+@pytest.mark.parametrize("T", [1, 20])
+def test_banded_rows(P, first_distance, is_causal, T, tiling):
+    inputs = make_inputs(2, 2, T, 35 - T, 8, P=P, is_causal=is_causal)
     assert_right(inputs, is_causal=is_causal, first_distance=first_distance)
 
 

@@ -33,7 +33,7 @@ def require_causal(attn_mask: Tensor, T: int, S: int) -> None:
     Raises:
         TypeError: attn_mask is not a bool or uint8 tensor.
         ValueError: Its shape is not (T, S, 1), or an entry differs from the causal mask.
-        RuntimeError: It would have to be read under torch.compile or CUDA graph capture.
+        RuntimeError: It came under torch.compile or CUDA graph capture, where its entries cannot be read.
     """
     if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (torch.bool, torch.uint8):
         got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__

@@ -14,9 +14,7 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Makes every kernel use tiles of this many queries by this many keys."""
 
     def use(block_m: int, block_n: int) -> None:
-        monkeypatch.setattr(
-            launch, "launch_for", lambda *_: Launch(block_m, block_n, num_warps=4, num_stages=1)
-        )
+        monkeypatch.setattr(launch, "launch_for", lambda *_: Launch(block_m, block_n, num_warps=4, num_stages=1))
 
     return use
 

@@ -78,9 +78,7 @@ def test_float32_biases_beside_float16(use_tiles):
     check(inputs)
 
 
-@pytest.mark.parametrize(
-    "biases", [(), ("content_bias",), ("position_bias",)], ids=["none", "content", "position"]
-)
+@pytest.mark.parametrize("biases", [(), ("content_bias",), ("position_bias",)], ids=["none", "content", "position"])
 def test_biases_left_out(biases, use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(2, 2, 21, 9, 16)
@@ -114,9 +112,7 @@ def test_only_the_log_sum_exp_is_used(use_tiles):
         gradients(rel_attention_eager, torch.float64),
         gradients(rel_attention_eager, torch.float32),
     )
-    for name, *tensors in zip(
-        INPUTS, gradients(triton_attention, torch.float32), truth, reference, strict=False
-    ):
+    for name, *tensors in zip(INPUTS, gradients(triton_attention, torch.float32), truth, reference, strict=False):
         assert_close_to_truth(name, *tensors, factor=3)
 
 
@@ -154,9 +150,24 @@ def test_nothing_around_the_inputs_is_read(use_tiles):
 def test_last_stride_other_than_one(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(2, 2, 21, 9, 16)
-    check(
-        inputs | {n: inputs[n].transpose(-1, -2).contiguous().transpose(-1, -2) for n in ("q", "k", "v", "r")}
-    )
+    check(inputs | {n: inputs[n].transpose(-1, -2).contiguous().transpose(-1, -2) for n in ("q", "k", "v", "r")})
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "tbhd"])
+def test_operator_passes_opcheck(layout, use_tiles):
+    """Among others: real and fake kernels agree on shapes, dtypes and strides, forward and backward."""
+    use_tiles(16, 16)
+    inputs = make_inputs(2, 2, 5, 3, 16, layout=layout)
+    inputs["content_bias"] = inputs["content_bias"].t().contiguous().t()
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    operator = torch.ops.txl_kernels.rel_attention.default
+    results = torch.library.opcheck(operator, (*leaves, True, 0.25, 7, "triton"))
+    assert set(results.values()) == {"SUCCESS"}
+    out, lse = operator(*leaves, True, 0.25, 7, "triton")
+    backward = torch.ops.txl_kernels.rel_attention_backward.default
+    saved = [x.detach() for x in (out, lse, *leaves, out, lse)]
+    results = torch.library.opcheck(backward, (*saved, True, 0.25, 7, "triton", [True] * 6))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_biases_of_any_strides(use_tiles):

@@ -42,6 +42,7 @@ def backward(
     """
     inputs = (q, k, v, r, content_bias, position_bias)
     needs_q, needs_k, needs_v, needs_r, needs_content, needs_position = needs_grad
+    only_v = needs_v and sum(needs_grad) == 1
     dq, dk, dv, *_ = grads = [
         torch.empty_like(x) if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
     ]
@@ -50,13 +51,13 @@ def backward(
         torch.zeros(x.shape, dtype=compute_dtype(q.dtype), device=q.device) if needed else None
         for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
     ]
-    B, H, T, _ = q.shape
+
+    B, H, T, D = q.shape
     size = plan(B, H, T, k.shape[2])
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
         group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
-        b, h, _, D = group.k.shape
-        dk_lanes = group.k.new_zeros(b * h, *group.k.shape[2:]) if needs_k else None
-        dv_lanes = group.v.new_zeros(b * h, *group.v.shape[2:]) if needs_v else None
+        b, h, S, _ = group.k.shape
+        dk_lanes, dv_lanes = (group.k.new_zeros(b * h, S, D) if needed else None for needed in needs_grad[1:3])
         for rows in spans(T, size.rows):
             tile = Tile(group, rows)
             p = tile.scores()
@@ -64,35 +65,40 @@ def backward(
             dout_lanes = dout[batches, heads, rows].to(p.dtype).flatten(0, 1).contiguous()
             if needs_v:
                 _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes)
+            if only_v:
+                continue
+
             ds = torch.bmm(dout_lanes, tile.v.flatten(0, 1).mT)
             torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
                 ds.addcmul_(p, dlse[batches, heads, rows].flatten(0, 1)[..., None])
+
             if needs_k:
                 _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1))
             if needs_q or needs_content:
                 dq_content = torch.bmm(ds, tile.k.flatten(0, 1)).view(b, h, -1, D)
+            if needs_content:
+                dcontent[heads] += dq_content.sum((0, 2))
+
             if needs_q or needs_r or needs_position:
                 ds_raw = tile.to_raw(ds)
             if needs_r:
                 _add_product(dr[heads, tile.r_rows], ds_raw.mT, tile.q_position)
             if needs_q or needs_position:
                 dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).permute(2, 0, 1, 3)
-            if needs_content:
-                dcontent[heads] += dq_content.sum((0, 2))
             if needs_position:
                 dposition[heads] += dq_position.sum((0, 2))
+
             if needs_q:
                 dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale)
         for grad, lanes in ((dk, dk_lanes), (dv, dv_lanes)):
             if grad is not None:
                 grad[batches, heads] = lanes.view(group.k.shape)
-    for bias_sum in (dcontent, dposition):
-        if bias_sum is not None:
-            bias_sum.mul_(scale)
-    for grad, total in zip(grads[3:], sums, strict=True):
+
+    # q_content and q_position carry the scale into dk and dr; what multiplies k and r still lacks it.
+    for grad, total, factor in zip(grads[3:], sums, (1.0, scale, scale), strict=True):
         if grad is not None:
-            grad.copy_(total)
+            grad.copy_(total.mul_(factor))
     return tuple(grads)
 
 

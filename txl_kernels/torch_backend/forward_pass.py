@@ -7,6 +7,11 @@ from torch import Tensor
 
 from txl_kernels.torch_backend.tiles import Group, Tile, compute_dtype, plan, spans
 
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# The fused attention takes lanes of any stride and works row by row; with this many queries three large matrix
+# products beat it.
+MIN_ROWS_UNFUSED = 64
+
 
 def forward(
     q: Tensor,
@@ -31,11 +36,16 @@ def forward(
     Returns:
         out (B, H, T, D), laid out as q, and lse (B, H, T) in float32 (float64 for float64 inputs).
     """
-    inputs = (q, k, v, r, content_bias, position_bias)
     B, H, T, _ = q.shape
+    S, P = k.shape[2], r.shape[1]
+    first_row = first_distance - (S - T)
+    if T == 1 and 0 <= first_row <= P - S and q.device.type == "cpu" and q.dtype == compute_dtype(q.dtype):
+        return _one_query(q, k, v, r[:, first_row : first_row + S], content_bias, position_bias, scale)
+
+    inputs = (q, k, v, r, content_bias, position_bias)
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
-    attend = _attend_fused if q.device.type == "cpu" else _attend
-    size = plan(B, H, T, k.shape[2])
+    attend = _attend_fused if q.device.type == "cpu" and T < MIN_ROWS_UNFUSED else _attend
+    size = plan(B, H, T, S)
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
         group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
         for rows in spans(T, size.rows):
@@ -44,18 +54,33 @@ def forward(
     return out, lse
 
 
-def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
-    """out (b, h, t, D) and lse (b, h, t) of a tile by PyTorch's fused CPU attention, BD being its mask."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        tile.q_content, tile.k, tile.v, attn_mask=tile.position_scores(), scale=1.0
-    )
-
-
 def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
-    """As _attend_fused, on any device."""
+    """out (b, h, t, D) and lse (b, h, t) of a tile."""
     p = tile.scores()
     row_max = p.amax(-1)
     torch.softmax(p, -1, out=p)
     shape = tile.q_content.shape
-    # The largest probability is 1 / sum(exp(score - row_max)).
-    return torch.bmm(p, tile.v.flatten(0, 1)).view(shape), (row_max - p.amax(-1).log()).view(shape[:3])
+    # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
+    return torch.bmm(p, tile.v.flatten(0, 1)).view(shape), (row_max - p.amax(-1).log_()).view(shape[:3])
+
+
+def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
+    """As _attend, by PyTorch's fused CPU attention with the position term as its mask."""
+    return _fused(tile.q_content, tile.k, tile.v, attn_mask=tile.position_scores(), scale=1.0)
+
+
+def _one_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """forward for T = 1 (generation), where row j of r (H, S, D) belongs to key j and every key is visible."""
+    q_content = q if content_bias is None else q + content_bias[:, None]
+    q_position = q if position_bias is None else q + position_bias[:, None]
+    bd = torch.bmm((q_position[:, :, 0] * scale).transpose(0, 1), r.mT)
+    out, lse = _fused(q_content, k, v, attn_mask=bd.transpose(0, 1)[:, :, None], scale=scale)
+    return torch.empty_like(q).copy_(out), lse.contiguous()

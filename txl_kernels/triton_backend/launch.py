@@ -172,7 +172,7 @@ def _key_gradients(
         du_ptr=parts,
         **tiling,
     )
-    return dk, dv, None if parts is None else parts.sum((0, 2)).to(content_bias.dtype)
+    return dk, dv, _total(parts, (0, 2), content_bias)
 
 
 def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -181,19 +181,28 @@ def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor |
     tiling = call.tiling("dr")
     blocks = triton.cdiv(call.P, tiling["BLOCK_N"])
     ranges = max(1, min(call.B, _DR_PROGRAMS // (blocks * call.H)))
-    dr = torch.empty((ranges, call.H, call.P, call.D), dtype=r.dtype if ranges == 1 else torch.float32, device=r.device)
-    parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
+    dr = torch.empty_like(r)
+    dr_parts = dr[None]
+    if ranges > 1:
+        dr_parts = torch.empty((ranges, *r.shape), dtype=torch.float32, device=r.device)
+    bias_parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
     backward_dr_kernel[(blocks * call.H, ranges)](
         **call.arguments,
         **shared,
         B=call.B,
         bias_difference_ptr=call.difference,
-        **_strided("dr", "dr", "zhp", dr),
-        dposition_bias_ptr=parts,
+        **_strided("dr", "dr", "zhp", dr_parts),
+        dposition_bias_ptr=bias_parts,
         **tiling,
     )
-    dposition = None if position_bias is None else parts.sum((0, 1)).to(position_bias.dtype)
-    return dr[0] if ranges == 1 else dr.sum(0).to(r.dtype), dposition
+    if ranges > 1:
+        dr.copy_(dr_parts.sum(0))
+    return dr, _total(bias_parts, (0, 1), position_bias)
+
+
+def _total(parts: Tensor | None, dimensions: tuple[int, int], bias: Tensor | None) -> Tensor | None:
+    """The gradient of a bias from its float32 parts."""
+    return None if bias is None else torch.empty_like(bias).copy_(parts.sum(dimensions))
 
 
 def _strided(pointer: str, stride: str, dimensions: str, x: Tensor) -> dict:

@@ -31,20 +31,20 @@ _HALF = {
     "sm_90": {
         "forward": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 32, 8, 1)},
         "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 16, 8, 1)},
-        "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2), 256: Launch(16, 64, 8, 1)},
-        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+        "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 4, 2), 256: Launch(16, 64, 8, 1)},
+        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 64, 8, 1)},
     },
     "sm_100": {
         "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
         "dq": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
         "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(32, 64, 8, 1)},
-        "dr": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+        "dr": {64: Launch(32, 64, 8, 1), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
     },
     "gfx942": {
         "forward": {64: Launch(64, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
         "dq": {64: Launch(64, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 16, 4, 1)},
-        "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 32, 8, 1)},
-        "dr": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 32, 8, 1)},
+        "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
+        "dr": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
     },
 }
 # float32 elements: one row for every generation, sized for the smallest shared memory.
