@@ -145,7 +145,8 @@ class Tile:
     def to_raw(self, dscores: Tensor) -> Tensor:
         """Moves dscores (b * h, t, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
         self._before_keys.zero_()
-        self._beyond_keys.zero_()
+        if not self._is_causal:
+            self._beyond_keys.zero_()
         self._shifted.copy_(dscores.view(self._shifted.shape))
         return self._band
 
