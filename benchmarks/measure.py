@@ -55,46 +55,51 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1e3
 
 
-class Pair:
-    """Ours and the reference, timed in turn, so that whatever slows the machine down hits both.
+class Comparison:
+    """Several ways to compute the same, timed in turn, so that whatever slows the machine down hits all.
 
     Args:
-        ours: what is measured.
-        reference: what it is compared with; None when it does not fit into memory.
+        sides: callables by name; "ours" is compared with the others.
         stopwatch: times one call.
     """
 
-    def __init__(self, ours: Thunk, reference: Thunk | None, stopwatch: Stopwatch) -> None:
-        self.ours, self.reference, self._stopwatch = ours, reference, stopwatch
-        self.ours_seconds: list[float] = []
-        self.reference_seconds: list[float] = []
+    def __init__(self, sides: dict[str, Thunk], stopwatch: Callable[[Thunk], float]) -> None:
+        self._sides, self._stopwatch = sides, stopwatch
+        self.seconds: dict[str, list[float]] = {name: [] for name in sides}
 
     def run(self, benchmark, rounds: int, after_round: Thunk | None = None) -> None:
-        """Fills the pytest-benchmark fixture with our times; the reference runs before each."""
-        setup = self._time_reference if self.reference is not None else None
-        benchmark.pedantic(self._time_ours, setup=setup, rounds=rounds, teardown=after_round)
+        """Fills the pytest-benchmark fixture with the times of ours; the others run before each of its rounds."""
+        benchmark.pedantic(self._time_ours, setup=self._time_others, rounds=rounds, teardown=after_round)
 
-    def results(self) -> dict[str, float | None]:
-        """Medians in seconds, and how many times faster ours is: the median of the paired ratios."""
-        found = {"seconds": median(self.ours_seconds), "reference_seconds": None, "ratio": None}
-        if self.reference_seconds:
-            pairs = zip(self.reference_seconds, self.ours_seconds, strict=True)
-            found["reference_seconds"] = median(self.reference_seconds)
-            found["ratio"] = median(reference / ours for reference, ours in pairs)
-        return found
+    def results(self) -> dict[str, dict[str, float]]:
+        """By side: median seconds, and "ratio", how many times faster ours is (median of the paired ratios)."""
+        ours = self.seconds["ours"]
+        return {
+            "seconds": {name: median(times) for name, times in self.seconds.items()},
+            "ratio": {
+                name: median(theirs / mine for theirs, mine in zip(times, ours, strict=True))
+                for name, times in self.seconds.items()
+                if name != "ours"
+            },
+        }
 
-    def _time_reference(self) -> None:
-        self.reference_seconds.append(self._stopwatch(self.reference))
+    def _time_others(self) -> None:
+        for name in self._sides:
+            if name != "ours":
+                self._time(name)
 
     def _time_ours(self) -> None:
-        seconds = self._stopwatch(self.ours)
-        self.ours_seconds.append(seconds)
-        CLOCK.advance(seconds)
+        CLOCK.advance(self._time("ours"))
+
+    def _time(self, name: str) -> float:
+        seconds = self._stopwatch(self._sides[name])
+        self.seconds[name].append(seconds)
+        return seconds
 
 
 def rounds_within(seconds: float, per_round: float) -> int:
-    """How many rounds fit into a time budget: at least 5 for a median, at most 200."""
-    return min(max(5, int(seconds / per_round)), 200)
+    """How many rounds fit into a time budget: at least 3 for a median, at most 200."""
+    return min(max(3, int(seconds / per_round)), 200)
 
 
 def peak_memory(function: Thunk, device: torch.device) -> int:

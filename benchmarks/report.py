@@ -10,6 +10,7 @@ Several files are parts of one run. The README's text between `<!-- benchmark:NA
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,11 +30,12 @@ def load(paths: list[Path]) -> list[dict]:
     Raises:
         ValueError: smoke results, which mean nothing, or parts from different machines or commits.
     """
-    kept = {}
+    kept, machines = {}, set()
     for path in paths:
         for benchmark in json.loads(path.read_text())["benchmarks"]:
             if benchmark["extra_info"]["smoke"]:
                 raise ValueError(f"{path}: a smoke run, its times mean nothing")
+            machines.add(headline(benchmark["extra_info"]["machine"]))
             stats = {key: benchmark["stats"][key] for key in KEPT_STATISTICS}
             kept[benchmark["name"]] = {
                 "name": benchmark["name"],
@@ -42,7 +44,6 @@ def load(paths: list[Path]) -> list[dict]:
             }
     if not kept:
         raise ValueError(f"no benchmarks in {', '.join(map(str, paths))}")
-    machines = {headline(benchmark["extra_info"]["machine"]) for benchmark in kept.values()}
     if len(machines) > 1:
         raise ValueError(f"results of different runs: {'; '.join(sorted(machines))}")
     return list(kept.values())
@@ -55,38 +56,36 @@ def by_shape(results: list[Result]) -> list[Result]:
 
 
 def table(results: list[Result]) -> str:
-    """A Markdown table of the attention results: time, speed-up, peak extra memory, useful TFLOP/s."""
+    """A Markdown table of the attention results: times, speed-ups, peak extra memory, useful TFLOP/s."""
     lines = [
-        "| shape | B, H x D, T + M | pass | eager ms | ours ms | speed-up | eager MiB | ours MiB | TFLOP/s |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| shape | B, H x D, T + M | pass | ours ms | original ms | batch-major ms | speed-up over original | "
+        "over batch-major | ours MiB | original MiB | ours TFLOP/s |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for x in results:
-        sizes = "{B}, {H} x {D}, {T} + {M}".format(**x["sizes"])
-        cells = [x["shape"], sizes, x["pass"]]
-        if x["ratio"] is None:
-            cells += [x["reference"], f"{x['seconds'] * 1e3:.3g}", "", ""]
-        else:
-            cells += [
-                f"{x['reference_seconds'] * 1e3:.3g}",
-                f"{x['seconds'] * 1e3:.3g}",
-                f"{x['ratio']:.2f}x",
-            ]
-            cells += [f"{x['reference_peak_bytes'] / MIB:.3g}"]
-        cells += [f"{x['peak_bytes'] / MIB:.3g}", f"{x['tflop_per_second']:.3g}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        milliseconds = {name: f"{seconds * 1e3:.3g}" for name, seconds in x["seconds"].items()}
+        milliseconds |= dict.fromkeys(x["out_of_memory"], "out of memory")
+        ratio = {name: f"{value:.2f}x" for name, value in x["ratio"].items()}
+        mebibytes = {name: f"{size / MIB:.3g}" for name, size in x["peak_bytes"].items()}
+        cells = [x["shape"], "{B}, {H} x {D}, {T} + {M}".format(**x["sizes"]), x["pass"]]
+        cells += [milliseconds[name] for name in ("ours", "original", "batch-major")]
+        cells += [ratio.get(name, "") for name in ("original", "batch-major")]
+        cells += [mebibytes.get(name, "") for name in ("ours", "original")]
+        lines.append(f"| {' | '.join(cells)} | {x['tflop_per_second']['ours']:.3g} |")
     return "\n".join(lines)
 
 
 def training_sentence(x: Result) -> str:
     """What the language model's training gave."""
     sizes = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, T = M = {segment}, batch {batch}"
+    speed, loss = x["tokens_per_second"], x["last_loss"]
     return (
-        f"Training a language model ({sizes.format(**x['config'])}) for {x['config']['steps']} steps on {x['text']}: "
-        f"{x['tokens_per_second']:.0f} tokens/s, with the original's layer "
-        f"{x['reference_tokens_per_second']:.0f} ({x['ratio']:.2f}x). The first losses differ by at most "
-        f"{x['first_losses_difference']:.0e}, relative; the last ones are {x['last_loss']:.4f} and "
-        f"{x['reference_last_loss']:.4f} nats a byte on average, the unigram entropy is "
-        f"{x['unigram_entropy']:.2f}."
+        f"Training a language model ({sizes.format(**x['config'])}) for {x['config']['steps']} steps on {x['text']} "
+        f"in {x['dtype']}: "
+        f"{speed['ours']:.0f} tokens/s, with the original's layer {speed['original']:.0f} "
+        f"({x['ratio']['original']:.2f}x). The first losses differ by at most {x['first_losses_difference']:.0e}, "
+        f"relative; the last ones are {loss['ours']:.4f} and {loss['original']:.4f} nats a byte on average, "
+        f"the unigram entropy is {x['unigram_entropy']:.2f}."
     )
 
 
@@ -96,7 +95,11 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
     parts = [f"Measured on {headline(results[0]['machine'])}."]
     if attention:
         dtype = attention[0]["dtype"]
-        parts[0] += f" {dtype}, causal; speed-up is the median of paired ratios."
+        parts[0] += (
+            f" Causal attention in {dtype}. `original` is the original algorithm in eager PyTorch, `batch-major` the "
+            "same with scores laid out (B, H, T, S); all are timed in turn, and a speed-up is the median of the paired "
+            "ratios. MiB is the peak of a call beyond what was allocated before it."
+        )
         parts.append(table(attention))
         if figure:
             parts.append(f"![Speed-up and peak extra memory by shape]({figure})")
@@ -105,27 +108,28 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Saves the picture: speed-up by shape and pass, and peak extra memory as a share of the reference's."""
+    """Saves the picture: speed-up by shape and pass, and peak extra memory as a share of the original's."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "txl_kernels"  # the same results give the same file
     import matplotlib.pyplot as plt
 
-    compared = [x for x in by_shape(results) if x["ratio"] is not None]
+    compared = [x for x in by_shape(results) if "original" in x["ratio"]]
     shapes = list(dict.fromkeys(x["shape"] for x in compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.45 * len(shapes) + 1.5), sharey=True)
     for offset, name in ((-0.2, "forward"), (0.2, "forward + backward")):
         chosen = [x for x in compared if x["pass"] == name]
         rows = [shapes.index(x["shape"]) + offset for x in chosen]
-        memory = [x["peak_bytes"] / x["reference_peak_bytes"] for x in chosen]
-        for axes, values, form in ((left, [x["ratio"] for x in chosen], "%.1fx"), (right, memory, "%.2f")):
+        speedup = [x["ratio"]["original"] for x in chosen]
+        memory = [x["peak_bytes"]["ours"] / x["peak_bytes"]["original"] for x in chosen]
+        for axes, values, form in ((left, speedup, "%.1fx"), (right, memory, "%.2f")):
             axes.bar_label(axes.barh(rows, values, height=0.38, label=name), fmt=form, fontsize=8, padding=2)
             axes.axvline(1, color="gray", linewidth=0.8)
             axes.margins(x=0.15)
-    left.set(title="times faster than eager", yticks=range(len(shapes)), yticklabels=shapes)
+    left.set(title="times faster than the original", yticks=range(len(shapes)), yticklabels=shapes)
     left.invert_yaxis()
-    right.set(title="peak extra memory / eager's")
+    right.set(title="peak extra memory / the original's")
     right.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.save.write_text(json.dumps({"benchmarks": benchmarks}, indent=1) + "\n")
     if options.figure:
         draw(results, options.figure)
-    text = markdown(results, options.figure and options.figure.as_posix())
+    folder = options.readme.parent if options.readme else Path()
+    text = markdown(results, options.figure and Path(os.path.relpath(options.figure, folder)).as_posix())
     if options.readme:
         replace_section(options.readme, results[0]["machine"]["kind"], text)
     else:

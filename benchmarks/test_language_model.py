@@ -14,7 +14,7 @@ from benchmarks.language_model import (
     minimum_bytes,
     unigram_entropy,
 )
-from benchmarks.measure import CLOCK, Pair, Stopwatch
+from benchmarks.measure import CLOCK, Comparison, Stopwatch
 from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
 from txl_kernels.layer import RelPartialLearnableMultiHeadAttn as OurLayer
 
@@ -29,34 +29,35 @@ def test_training(benchmark, settings, record, capsys):
     config = SMOKE if settings.smoke else Config()
     text_name, text = load_text(minimum_bytes(config))
     torch.manual_seed(0)
-    reference_model = LanguageModel(config, ReferenceLayer, passes_mask=True)
+    original_model = LanguageModel(config, ReferenceLayer, passes_mask=True)
     our_model = LanguageModel(config, OurLayer, passes_mask=False)
-    our_model.load_state_dict(reference_model.state_dict())
-    ours, reference = (Training(m.to(settings.device), text, config) for m in (our_model, reference_model))
-    pair = Pair(lambda: ours.run(CHUNK), lambda: reference.run(CHUNK), Stopwatch(settings.device))
+    our_model.load_state_dict(original_model.state_dict())
+    ours, original = (Training(m.to(settings.device), text, config) for m in (our_model, original_model))
+    sides = {"ours": lambda: ours.run(CHUNK), "original": lambda: original.run(CHUNK)}
+    comparison = Comparison(sides, Stopwatch(settings.device))
     tokens = CHUNK * config.batch * config.segment
 
     def show_progress():
-        ours_rate, reference_rate = tokens / pair.ours_seconds[-1], tokens / pair.reference_seconds[-1]
+        rates = {name: tokens / seconds[-1] for name, seconds in comparison.seconds.items()}
         with capsys.disabled():
             print(
-                f"\nstep {len(ours.losses)}/{config.steps}: loss {ours.losses[-1]:.4f} (reference "
-                f"{reference.losses[-1]:.4f}), {ours_rate:.0f} tokens/s (reference {reference_rate:.0f})",
+                f"\nstep {len(ours.losses)}/{config.steps}: loss {ours.losses[-1]:.4f}, {rates['ours']:.0f} tokens/s; "
+                f"original: loss {original.losses[-1]:.4f}, {rates['original']:.0f} tokens/s",
                 end="",
                 flush=True,
             )
 
-    pair.run(benchmark, rounds=config.steps // CHUNK, after_round=show_progress)
+    comparison.run(benchmark, rounds=config.steps // CHUNK, after_round=show_progress)
 
-    results = pair.results()
     entropy = unigram_entropy(text)
-    pairs = zip(ours.losses[:FIRST], reference.losses[:FIRST], strict=True)
+    pairs = zip(ours.losses[:FIRST], original.losses[:FIRST], strict=True)
     first_difference = max(abs(a - b) / b for a, b in pairs)
-    ours_last, reference_last = mean(ours.losses[-LAST:]), mean(reference.losses[-LAST:])
+    last = {"ours": mean(ours.losses[-LAST:]), "original": mean(original.losses[-LAST:])}
     assert first_difference < 1e-5
     if not settings.smoke:
-        assert abs(ours_last - reference_last) < 0.01 * reference_last
-        assert ours_last < 0.8 * entropy
+        assert abs(last["ours"] - last["original"]) < 0.01 * last["original"]
+        assert last["ours"] < 0.8 * entropy
+    results = comparison.results()
     record(
         results
         | {
@@ -64,11 +65,9 @@ def test_training(benchmark, settings, record, capsys):
             "text_bytes": len(text),
             "unigram_entropy": entropy,
             "config": dataclasses.asdict(config),
-            "tokens_per_second": tokens / results["seconds"],
-            "reference_tokens_per_second": tokens / results["reference_seconds"],
-            "first_losses_difference": first_difference,
-            "last_loss": ours_last,
-            "reference_last_loss": reference_last,
             "dtype": "float32",
+            "tokens_per_second": {name: tokens / seconds for name, seconds in results["seconds"].items()},
+            "first_losses_difference": first_difference,
+            "last_loss": last,
         }
     )

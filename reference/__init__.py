@@ -4,7 +4,12 @@ Nothing here imports `txl_kernels`, and `txl_kernels` never imports this package
 """
 
 from reference.definition import rel_attention_definition
-from reference.eager import rel_attention_eager
+from reference.eager import rel_attention_eager, rel_attention_original
 from reference.layer import RelPartialLearnableMultiHeadAttn
 
-__all__ = ["RelPartialLearnableMultiHeadAttn", "rel_attention_definition", "rel_attention_eager"]
+__all__ = [
+    "RelPartialLearnableMultiHeadAttn",
+    "rel_attention_definition",
+    "rel_attention_eager",
+    "rel_attention_original",
+]

@@ -2,9 +2,9 @@
 
 It is the algorithm of the paper's code (Dai et al. 2019, arXiv 1901.02860), neither slowed down nor improved:
 AC and BD as einsums over every key and every row of r, the pad-and-view rel-shift, a triangle mask made
-beforehand, softmax, and an einsum with the values. Two choices favour the reference: scores are laid out
-(B, H, T, S), as in NVIDIA's version, because a softmax over the last dimension is faster than over the
-original's (T, S, B, H); and 16-bit scores are not sent through float32 to be masked.
+beforehand, softmax, and an einsum with the values. `rel_attention_original` lays scores out as the original,
+(T, S, B, H). `rel_attention_eager` lays them out (B, H, T, S), as NVIDIA's version, which is faster, and takes
+every form of r. In both, 16-bit scores are masked without a detour through float32, in favour of the reference.
 """
 
 import functools
@@ -60,6 +60,38 @@ def rel_attention_eager(
     if not return_lse:
         return out
     return out, torch.logsumexp(score if score.dtype == torch.float64 else score.float(), dim=-1)
+
+
+def rel_attention_original(
+    q: Tensor, k: Tensor, v: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor
+) -> Tensor:
+    """Causal relative attention with scores (T, S, B, H): what the original model runs, on time-major tensors.
+
+    Args:
+        q: queries (B, H, T, D), views of (T, B, H, D).
+        k: keys (B, H, S, D), views of (S, B, H, D).
+        v: values, as k.
+        r: relative-position keys (H, S, D) for distances S-1 ... 0, a view of (S, H, D).
+        content_bias: the paper's u (H, D).
+        position_bias: the paper's v (H, D).
+
+    Returns:
+        out (B, H, T, D), a view of (T, B, H, D).
+    """
+    q, k, v, r = (*(x.permute(2, 0, 1, 3) for x in (q, k, v)), r.transpose(0, 1))
+    score = relative_scores(q, k, r, content_bias, position_bias, 1 / math.sqrt(q.shape[3]))
+    score = score.masked_fill(_future_keys(len(q), len(k), q.device)[:, :, None, None], float("-inf"))
+    return torch.einsum("ijbn,jbnd->ibnd", torch.softmax(score, dim=1), v).permute(1, 2, 0, 3)
+
+
+def relative_scores(q: Tensor, k: Tensor, r: Tensor, u: Tensor, w: Tensor, scale: float) -> Tensor:
+    """The original's scores (T, S, B, H) before masking, of q (T, B, H, D), k (S, B, H, D) and r (S, H, D)."""
+    ac = torch.einsum("ibnd,jbnd->ijbn", q + u, k)
+    bd = torch.einsum("ibnd,jnd->ijbn", q + w, r)
+    T, S, *rest = bd.shape
+    padded = torch.cat([bd.new_zeros(T, 1, *rest), bd], dim=1)
+    score = ac + padded.view(S + 1, T, *rest)[1:].view_as(bd)
+    return score.mul_(scale)
 
 
 def _rel_shift(x: Tensor) -> Tensor:

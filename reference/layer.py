@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from reference.eager import relative_scores
+
 
 class RelPartialLearnableMultiHeadAttn(nn.Module):
     """Transformer-XL attention with projections, residual and LayerNorm (Dai et al. 2019, arXiv 1901.02860).
@@ -77,10 +79,7 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
         q = q[-T:]
         r_heads = self.r_net(r).view(len(r), self.n_head, self.d_head)
 
-        ac = torch.einsum("ibnd,jbnd->ijbn", q + r_w_bias, k)
-        bd = _rel_shift(torch.einsum("ibnd,jnd->ijbn", q + r_r_bias, r_heads))
-        score = ac + bd
-        score.mul_(self.scale)
+        score = relative_scores(q, k, r_heads, r_w_bias, r_r_bias, self.scale)
         if attn_mask is not None:
             hidden = attn_mask.bool()[None] if attn_mask.dim() == 2 else attn_mask.bool()
             score = score.masked_fill(hidden[..., None], float("-inf"))
@@ -88,10 +87,3 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
         heads_out = torch.einsum("ijbn,jbnd->ibnd", prob, v).reshape(T, B, self.n_head * self.d_head)
         out = w + self.drop(self.o_net(heads_out))
         return out if self.pre_lnorm else self.layer_norm(out)
-
-
-def _rel_shift(x: Tensor) -> Tensor:
-    """Moves row i of x (T, S, B, H) left by T - 1 - i: pad a zero column, view, drop the first row."""
-    T, S, *rest = x.shape
-    padded = torch.cat([x.new_zeros(T, 1, *rest), x], dim=1)
-    return padded.view(S + 1, T, *rest)[1:].view_as(x)

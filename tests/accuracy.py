@@ -25,9 +25,7 @@ def tolerance(truth: Tensor, same_dtype_reference: Tensor, factor: float) -> flo
     return factor * reference_error + eps * truth.abs().max().item()
 
 
-def assert_close_to_truth(
-    name: str, got: Tensor, truth: Tensor, same_dtype_reference: Tensor, factor: float
-) -> None:
+def assert_close_to_truth(name: str, got: Tensor, truth: Tensor, same_dtype_reference: Tensor, factor: float) -> None:
     """Fails unless got has the reference's shape and dtype and is within tolerance() of truth."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     assert got.dtype == same_dtype_reference.dtype, f"{name}: {got.dtype}, not {same_dtype_reference.dtype}"

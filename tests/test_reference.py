@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reference.definition import rel_attention_definition
-from reference.eager import rel_attention_eager
+from reference.eager import rel_attention_eager, rel_attention_original
 from reference.layer import RelPartialLearnableMultiHeadAttn
 from tests.accuracy import assert_close_to_truth, make_inputs, outputs_and_gradients
 
@@ -48,6 +48,14 @@ def test_eager_is_the_definition(case, biases):
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("T", "M"), [(4, 3), (5, 0), (1, 6)])
+def test_original_layout_gives_the_same(T, M):
+    inputs = make_inputs(2, 3, T, M, 4, dtype=torch.float64, layout="tbhd")
+    dout = torch.randn(2, 3, T, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got, wanted = (outputs_and_gradients(f, inputs, dout) for f in (rel_attention_original, rel_attention_eager))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
 def test_scale_multiplies_both_terms():
     inputs = make_inputs(1, 2, 4, 3, 5, dtype=torch.float64)
     wanted = rel_attention_definition(**inputs, scale=0.3)
@@ -61,9 +69,7 @@ def test_gradcheck(is_causal, P, first_distance):
     leaves = [x.requires_grad_() for x in inputs.values()]
 
     def attend(*tensors):
-        return rel_attention_eager(
-            *tensors, is_causal=is_causal, first_distance=first_distance, return_lse=True
-        )
+        return rel_attention_eager(*tensors, is_causal=is_causal, first_distance=first_distance, return_lse=True)
 
     assert torch.autograd.gradcheck(attend, leaves)
 
@@ -92,9 +98,7 @@ def test_layer_has_the_numbers_of_the_original(case):
     layer = RelPartialLearnableMultiHeadAttn(
         cfg["n_head"], cfg["d_model"], cfg["d_head"], dropout=0.0, pre_lnorm=cfg["pre_lnorm"]
     ).double()
-    layer.load_state_dict(
-        {key.removeprefix("param/"): x for key, x in values.items() if key.startswith("param/")}
-    )
+    layer.load_state_dict({key.removeprefix("param/"): x for key, x in values.items() if key.startswith("param/")})
     inputs = {n: values[f"in/{n}"].requires_grad_() for n in LAYER_INPUTS if f"in/{n}" in values}
     out = layer(**inputs, attn_mask=values["in/attn_mask"])
     out.backward(values["gout/output"])
@@ -102,9 +106,7 @@ def test_layer_has_the_numbers_of_the_original(case):
     got = {"out/output": out} | {f"gin/{n}": x.grad for n, x in inputs.items()}
     got |= {f"gparam/{n}": x.grad for n, x in layer.named_parameters()}
     for name, x in got.items():  # the golden scores went through float32 to be masked
-        torch.testing.assert_close(
-            x, values[name], rtol=1e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(x, values[name], rtol=1e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_layer_masks():

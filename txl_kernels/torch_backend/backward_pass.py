@@ -46,16 +46,15 @@ def backward(
     dq, dk, dv, *_ = grads = [
         torch.empty_like(x) if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
     ]
-    # What every batch adds to stays in the compute dtype until the end.
-    dr, dcontent, dposition = sums = [
-        torch.zeros(x.shape, dtype=compute_dtype(q.dtype), device=q.device) if needed else None
-        for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
-    ]
-
     B, H, T, D = q.shape
     size = plan(B, H, T, k.shape[2])
+    # What every batch adds to stays in the compute dtype until the end.
+    dr, dcontent, dposition = sums = [
+        torch.zeros_like(x, dtype=compute_dtype(q.dtype)) if needed else None
+        for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
+    ]
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
-        group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
+        group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
         b, h, S, _ = group.k.shape
         dk_lanes, dv_lanes = (group.k.new_zeros(b * h, S, D) if needed else None for needed in needs_grad[1:3])
         for rows in spans(T, size.rows):

@@ -5,12 +5,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from txl_kernels.torch_backend import tiles
 from txl_kernels.torch_backend.tiles import Group, Tile, compute_dtype, plan, spans
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-# The fused attention takes lanes of any stride and works row by row; with this many queries three large matrix
-# products beat it.
-MIN_ROWS_UNFUSED = 64
 
 
 def forward(
@@ -44,13 +42,12 @@ def forward(
 
     inputs = (q, k, v, r, content_bias, position_bias)
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
-    attend = _attend_fused if q.device.type == "cpu" and T < MIN_ROWS_UNFUSED else _attend
+    attend = _attend_fused if q.device.type == "cpu" and T < tiles.MANY_ROWS else _attend
     size = plan(B, H, T, S)
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
-        group = Group(inputs, batches, heads, size.rows, is_causal, scale, first_distance)
+        group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
         for rows in spans(T, size.rows):
-            tile_out, tile_lse = attend(Tile(group, rows))
-            out[batches, heads, rows], lse[batches, heads, rows] = tile_out, tile_lse
+            out[batches, heads, rows], lse[batches, heads, rows] = attend(Tile(group, rows))
     return out, lse
 
 

@@ -1,15 +1,14 @@
 """Tiles of relative-attention scores, shared by the forward and the backward pass of the torch backend.
 
-A group is the set of (batch, head) lanes that one matrix product serves: several batches of one head, or several
-heads of one batch, so that q, k, v and r collapse to three dimensions without a copy. Within a group the queries
-are cut into tiles, and the scores of one tile are the largest thing that is ever allocated.
+A group is a set of (batch, head) lanes that go through one matrix product together; within it the queries are cut
+into tiles. The scores of one tile are the largest thing that is ever allocated.
 
 The rel-shift costs no arithmetic. The position term of a tile with t queries and n keys is one matrix product
 with the tile's band of r, in raw coordinates: query ii finds key jj in column jj - ii + t - 1. With rows that
 advance by one element less, the same memory reads as (ii, jj). In raw coordinates the causal edge is a straight
 line, column n: hiding the future is one rectangular fill, and no column beyond it is ever computed.
 
-In shapes below g = b * h are the group's lanes (b batches, h heads, one of the two 1).
+In shapes, b and h are the batches and heads of a group, t, n and p the queries, keys and rows of r of a tile.
 """
 
 from collections.abc import Iterator
@@ -24,12 +23,15 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 # smaller ones starve the matrix products.
 TILE_SCORES = 1 << 19
 MAX_ROWS = 128
-# The raw buffer's rows start at multiples of this many elements: products are up to a third faster so.
-PITCH = 16
+# From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
+# cheap.
+MANY_ROWS = 64
+# Products into rows of a multiple of this many elements are up to a third faster.
+ALIGNMENT = 16
 
 
 class Plan(NamedTuple):
-    """Batches and heads of a group, and query rows of its tiles."""
+    """Lanes of a group, batches x heads, and query rows of its tiles."""
 
     batches: int
     heads: int
@@ -42,7 +44,7 @@ def plan(B: int, H: int, T: int, S: int) -> Plan:
     Batches come first: they share r, so that the position term of all is one product.
     """
     most_rows = max(1, min(MAX_ROWS, TILE_SCORES // max(S, 1)))
-    rows = -(-T // max(1, -(-T // most_rows)))  # tiles of equal height
+    rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
     lanes = max(1, TILE_SCORES // max(rows * S, 1))
     batches = max(1, min(B, lanes))
     return Plan(batches, max(1, min(H, lanes // batches)), rows)
@@ -72,24 +74,25 @@ class Group:
         inputs: Inputs,
         batches: slice,
         heads: slice,
-        rows: int,
+        size: Plan,
         is_causal: bool,
         scale: float,
         first_distance: int,
     ) -> None:
         q, k, v, r, content_bias, position_bias = inputs
+        self.is_causal, self.first_distance = is_causal, first_distance
+        self.memory = k.shape[2] - q.shape[2]
         dtype = compute_dtype(q.dtype)
-        self.is_causal = is_causal
-        self.k, self.v = (x[batches, heads].to(dtype) for x in (k, v))
-        self.r = r[heads].to(dtype)
+        self.k, self.v, self.r = k[batches, heads].to(dtype), v[batches, heads].to(dtype), r[heads].to(dtype)
+        if q.shape[2] >= MANY_ROWS:  # products want lanes at equal distances: else one copy, not one for each tile
+            self.k, self.v = (x.flatten(0, 1).view(x.shape) for x in (self.k, self.v))
         queries = q[batches, heads].permute(1, 2, 0, 3).to(dtype)
         self.q_content, self.q_position = (
-            _scaled_sum(queries, bias, heads, scale) for bias in (content_bias, position_bias)
+            _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale)
+            for bias in (content_bias, position_bias)
         )
-        self.memory = k.shape[2] - q.shape[2]
-        self.first_distance = first_distance
         b, h, S, _ = self.k.shape
-        self.raw = self.k.new_empty(b * h * rows * _pitch(rows, S))
+        self.raw = self.k.new_empty(b * h * size.rows * _aligned(S + size.rows - 1))
 
 
 class Tile:
@@ -112,7 +115,7 @@ class Tile:
         self.q_content = group.q_content[:, rows].permute(2, 0, 1, 3)
         self.q_position = group.q_position[:, rows].flatten(1, 2)
 
-        pitch = _pitch(t, n)
+        pitch = _aligned(n + t - 1)
         self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
         self._shifted = self._raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), t - 1)
 
@@ -151,13 +154,17 @@ class Tile:
         return self._band
 
 
-def _pitch(rows: int, keys: int) -> int:
-    return -(-(keys + rows - 1) // PITCH) * PITCH
-
-
-def _scaled_sum(queries: Tensor, bias: Tensor | None, heads: slice, scale: float) -> Tensor:
-    """scale * (queries + bias) as a dense (h, T, b, D), for queries of that shape and bias (H, D) or None."""
+def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """scale * (queries + bias), dense, in the dtype of the queries (h, T, b, D)."""
     result = queries.new_empty(queries.shape)
     if bias is None:
         return torch.mul(queries, scale, out=result)
-    return torch.add(queries, bias[heads, None, None], out=result).mul_(scale)
+    return torch.add(queries, bias, out=result).mul_(scale)
+
+
+def _aligned(size: int) -> int:
+    return ALIGNMENT * _ceil_div(size, ALIGNMENT)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
