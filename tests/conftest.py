@@ -17,12 +17,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if kind in ("interpreter", "compile", "gpu"):
             item.add_marker(kind)
         if kind == "interpreter" and not _INTERPRETED:
-            item.add_marker(
-                pytest.mark.skip(reason="needs a process of its own with TRITON_INTERPRET=1: make test")
-            )
+            item.add_marker(pytest.mark.skip(reason="needs a process of its own with TRITON_INTERPRET=1: make test"))
         if kind in ("compile", "gpu") and _INTERPRETED:
-            item.add_marker(
-                pytest.mark.skip(reason="kernels defined under TRITON_INTERPRET=1 cannot be compiled")
-            )
+            item.add_marker(pytest.mark.skip(reason="kernels defined under TRITON_INTERPRET=1 cannot be compiled"))
         if kind == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
