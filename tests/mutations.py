@@ -51,7 +51,7 @@ MUTATIONS = {
     "dr: position bias part dropped": ("backward_dr_kernel.py", "dr += colsum[:, None]", "dr += 0 * colsum[:, None]"),
     "dr: a batch element left out": ("backward_dr_kernel.py", "(B * (part + 1)) // n_parts", "(B * (part + 1) - 1) // n_parts"),
     "delta: gradient of the log-sum-exp dropped": ("vector_kernels.py", "delta -= tl.load", "delta -= 0 * tl.load"),
-    "launcher: distance of row 0 off by one": ("launch.py", "first_distance - (self.S - self.T)", "first_distance - (self.S - self.T) + 1"),
+    "launcher: distance of row 0 off by one": ("launch.py", "first_distance - (self.S - self.T),", "first_distance - (self.S - self.T) + 1,"),
     "launcher: bias difference with the wrong sign": ("launch.py", "difference - content_bias.float()", "difference + content_bias.float()"),
 }  # fmt: skip
 

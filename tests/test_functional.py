@@ -199,9 +199,12 @@ def test_bias_dtypes_beside_bfloat16(bias_dtype):
         assert_close_to_truth("out", got["out"], truth["out"], reference["out"].bfloat16(), factor=2)
 
 
-@pytest.mark.parametrize("layout", ["bhtd", "tbhd"])
+@pytest.mark.parametrize("layout", ["bhtd", "tbhd", "last stride not 1"])
 def test_operator_passes_opcheck(layout):
-    leaves = [x.requires_grad_() for x in make_inputs(B, H, T, M, D, layout=layout).values()]
+    inputs = make_inputs(B, H, T, M, D, layout="tbhd" if layout == "tbhd" else "bhtd")
+    if layout == "last stride not 1":
+        inputs |= {name: inputs[name].mT.contiguous().mT for name in ("q", "k", "v", "r")}
+    leaves = [x.requires_grad_() for x in inputs.values()]
     operator = torch.ops.txl_kernels.rel_attention.default
     results = torch.library.opcheck(operator, (*leaves, True, D**-0.5, S - 1, "torch"))
     assert set(results.values()) == {"SUCCESS"}
@@ -210,6 +213,30 @@ def test_operator_passes_opcheck(layout):
     saved = [x.detach() for x in (out, lse, *leaves, out, lse)]
     results = torch.library.opcheck(backward, (*saved, True, D**-0.5, S - 1, "torch", [True] * 6))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_overlapping_windows_are_copied():
+    """Two unit strides: empty_like would make another dimension than the last contiguous."""
+    windows = torch.randn(B, H, T + D - 1).unfold(-1, D, 1)
+    inputs = inputs_with(q=windows)
+    out = rel_attention(**inputs)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, rel_attention(**inputs | {"q": windows.contiguous()}))
+
+
+def test_forward_mode_is_refused():
+    """Rather than a tangent of zero."""
+    inputs = inputs_with()
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(lambda q: rel_attention(**inputs | {"q": q}), (inputs["q"],), (torch.ones(B, H, T, D),))
+
+
+@pytest.mark.parametrize("first_distance", [2**31 - 2, -(2**31), 2**62])
+def test_far_bands_leave_the_content_term(first_distance):
+    inputs = inputs_with()
+    without_rows = inputs | {"r": inputs["r"][:, :0]}
+    far = rel_attention(**inputs, first_distance=first_distance)
+    torch.testing.assert_close(far, rel_attention(**without_rows, first_distance=0))
 
 
 def test_meta_tensors_have_shapes_only():

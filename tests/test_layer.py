@@ -258,3 +258,9 @@ def test_compiles_as_one_graph():
 def test_bad_input_is_named(wrong, error, message):
     with pytest.raises(error, match=message):
         make_layer()(**(make_inputs(4, 3) | wrong))
+
+
+def test_meta_tensors_have_shapes_only():
+    layer = RelPartialLearnableMultiHeadAttn(2, 16, 8, dropout=0.0).to("meta")
+    w, r, bias = (torch.empty(shape, device="meta") for shape in ((3, 2, 16), (3, 1, 16), (2, 8)))
+    assert layer(w, r, bias, bias).shape == (3, 2, 16)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from txl_kernels.causal_mask import require_causal
 from txl_kernels.functional import rel_attention
+from txl_kernels.op import autocast_enabled
 
 
 class RelPartialLearnableMultiHeadAttn(nn.Module):
@@ -83,7 +84,7 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
             ValueError: A shape does not fit, r has fewer than S rows, or attn_mask is not the causal mask.
             TypeError: A dtype does not fit.
             NotImplementedError: dropatt > 0 in training mode.
-            RuntimeError: attn_mask is a tensor under torch.compile or CUDA graph capture.
+            RuntimeError: attn_mask is a tensor under torch.compile(fullgraph=True) or CUDA graph capture.
         """
         # Relies on the original's attributes only, to serve modules unpickled as the original class too.
         if self.dropatt.training and self.dropatt.p > 0:
@@ -119,7 +120,7 @@ def _check_inputs(w: Tensor, r: Tensor, mems: Tensor | None, M: int, weight: Ten
         raise ValueError(f"r: expected (P, 1, d_model) or (P, d_model), d_model = {C}, got {tuple(r.shape)}")
     if len(r) < M + T:
         raise ValueError(f"r: expected P >= S = M + T = {M} + {T} rows, got {len(r)}")
-    if not torch.is_autocast_enabled(w.device.type):
+    if not autocast_enabled(w):
         for name, x in (("w", w), ("r", r), ("mems", mems if M else None)):
             if x is not None and x.dtype != weight.dtype:
                 raise TypeError(f"{name}: expected dtype {weight.dtype} (as the parameters), got {x.dtype}")

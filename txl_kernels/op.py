@@ -35,9 +35,13 @@ def _backend_module(backend: str):
     return torch_backend
 
 
-def unit_last_stride(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a copy (never needed for time-major views)."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _unit_last_stride(x: Tensor) -> Tensor:
+    """x itself where its last dimension, and no other, is contiguous; else a copy (never of a time-major view).
+
+    With a second unit stride (windows that overlap) empty_like(x) would have another last dimension contiguous.
+    """
+    unit = [dim for dim in range(x.ndim) if x.stride(dim) == 1 and x.shape[dim] > 1]
+    return x if unit == [x.ndim - 1] or x.shape[-1] == 1 else x.contiguous()
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -58,23 +62,23 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _forward(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend):
     if q.numel() == 0:
         return _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend)
-    q, k, v, r = (unit_last_stride(x) for x in (q, k, v, r))
+    q, k, v, r = map(_unit_last_stride, (q, k, v, r))
     run = _backend_module(backend).forward
     with _autocast_off(q):
         return run(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance)
 
 
 def _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 def _backward(
     dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, backend, needs_grad
 ):
+    q, k, v, r, dout = map(_unit_last_stride, (q, k, v, r, dout))
     inputs = (q, k, v, r, content_bias, position_bias)
     if q.numel() == 0:
         return [torch.zeros_like(x) for x, needed in zip(inputs, needs_grad, strict=True) if needed]
-    q, k, v, r, dout = (unit_last_stride(x) for x in (q, k, v, r, dout))
     run = _backend_module(backend).backward
     with _autocast_off(q):
         grads = run(
@@ -86,7 +90,7 @@ def _backward(
 def _backward_fake(
     dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, backend, needs_grad
 ):
-    inputs = (q, k, v, r, content_bias, position_bias)
+    inputs = (*map(_unit_last_stride, (q, k, v, r)), content_bias, position_bias)
     return [torch.empty_like(x) for x, needed in zip(inputs, needs_grad, strict=True) if needed]
 
 
@@ -126,6 +130,9 @@ class _NotTwiceDifferentiable(torch.autograd.Function):
 
 
 def _needs_autograd(tensors) -> bool:
+    # Forward-mode tangents do not show on requires_grad; the Function refuses them, where the operator would drop them.
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

@@ -11,10 +11,16 @@ from txl_kernels.triton_backend import launch
 
 @functools.cache
 def launches(
-    generation: str, D: int, dtype: torch.dtype = torch.bfloat16, T: int = 512, M: int = 512, biases: bool = True
+    generation: str,
+    D: int,
+    dtype: torch.dtype = torch.bfloat16,
+    T: int = 512,
+    M: int = 512,
+    biases: bool = True,
+    H: int = 4,
 ) -> dict[str, Launch]:
-    """Every kernel's launch by name, for B = 2, H = 4, causal; of equal kernels the last launch."""
-    B, H, S = 2, 4, M + T
+    """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch."""
+    B, S = 2, M + T
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)

@@ -199,6 +199,28 @@ def test_banded_r(P, first_distance, is_causal, use_tiles):
     check(make_inputs(2, 2, 21, 9, 16, P=P), is_causal=is_causal, first_distance=first_distance)
 
 
+@pytest.mark.parametrize("first_distance", [2**31 - 2, -(2**31), 2**62])
+def test_far_bands(first_distance, use_tiles):
+    use_tiles(16, 16)
+    check(make_inputs(1, 1, 5, 3, 16, P=3), first_distance=first_distance)
+
+
+def test_nan_in_rows_of_r_that_only_the_future_uses(use_tiles):
+    use_tiles(16, 16)
+    inputs = make_inputs(2, 2, 21, 9, 16, P=50)
+    dout = torch.randn(inputs["q"].shape)
+    clean = outputs_and_gradients(triton_attention, inputs, dout)
+    inputs["r"][:, 30:] = float("nan")
+    got = outputs_and_gradients(triton_attention, inputs, dout)
+    assert all(torch.equal(got[name], clean[name]) for name in clean)
+
+
+def test_overlapping_windows_are_copied(use_tiles):
+    use_tiles(16, 16)
+    inputs = make_inputs(1, 2, 9, 4, 16)
+    check(inputs | {"q": torch.randn(1, 2, 9 + 15).unfold(-1, 16, 1)})
+
+
 def test_rows_of_r_that_no_visible_pair_uses_get_zero_gradient(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(2, 2, 21, 9, 16, P=50)

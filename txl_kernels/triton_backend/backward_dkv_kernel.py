@@ -67,7 +67,7 @@ def _dkv_tile(
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], PRECISION)
+    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], q.dtype)
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -145,7 +145,9 @@ def backward_dkv_kernel(
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
     k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, P)
+    # Rows of r in the future of every query are not read.
+    r_rows = tl.minimum(P, rel_offset + reach)
+    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dk_matrix = (head_pointer(dk_ptr, stride_dkb, stride_dkh, b, h, ALIGNED), stride_dkn, S)
     dv_matrix = (head_pointer(dv_ptr, stride_dvb, stride_dvh, b, h, ALIGNED), stride_dvn, S)

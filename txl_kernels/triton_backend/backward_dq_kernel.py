@@ -55,7 +55,7 @@ def _dq_tile(
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None], PRECISION)
+    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None], q.dtype)
     ds = ds.to(k.dtype)
     # (M, N) x (N, D) -> (M, D): content, position
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -130,7 +130,9 @@ def backward_dq_kernel(
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
     k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, P)
+    # Rows of r in the future of every query are not read.
+    r_rows = tl.minimum(P, rel_offset + reach)
+    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
     if column_ptr is not None:

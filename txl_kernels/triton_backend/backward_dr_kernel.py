@@ -77,7 +77,7 @@ def _dr_tile(
     lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], PRECISION)
+    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], q.dtype)
     # (N, M) x (M, D) -> (N, D)
     dr = tl.dot(ds.to(q.dtype), q, dr, input_precision=PRECISION)
     return dr, colsum + tl.sum(ds, 1)
@@ -150,7 +150,9 @@ def backward_dr_kernel(
     part = tl.program_id(1).to(tl.int64)
     n_parts = tl.num_programs(1)
 
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, 0, h, ALIGNED), stride_rp, P)
+    # Rows from `hidden` on lie in the future of every query.
+    hidden = tl.minimum(P, rel_offset + reach)
+    r_matrix = (head_pointer(r_ptr, 0, stride_rh, 0, h, ALIGNED), stride_rp, hidden)
     dr_matrix = (head_pointer(dr_ptr, stride_drz, stride_drh, part, h, ALIGNED), stride_drp, P)
 
     offs_p = p0 + tl.arange(0, BLOCK_N)
@@ -158,13 +160,11 @@ def backward_dr_kernel(
     r = load_rows(r_matrix, offs_p, D, BLOCK_D)
     column = tl.zeros((BLOCK_N,), tl.float32)
     if column_ptr is not None:
-        column = load_column(column_ptr + h * P, offs_p, P)
+        column = load_column(column_ptr + h * P, offs_p, hidden)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
-    # Query tiles [first, last) meet keys in these rows, the tiles [lower, upper) of them nothing but keys. Rows from
-    # `hidden` on lie in the future of every query.
-    hidden = tl.minimum(P, rel_offset + reach)
+    # Query tiles [first, last) meet keys in these rows, the tiles [lower, upper) of them nothing but keys.
     first = tl.maximum(0, rel_offset - p0 - BLOCK_N + 1)
     last = tl.minimum(T, S + rel_offset - p0)
     n_tiles = tl.where(p0 < hidden, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
@@ -199,7 +199,8 @@ def backward_dr_kernel(
     if column_ptr is not None:
         dr += colsum[:, None] * load_bias(bias_difference_ptr, h, D, BLOCK_D)[None, :]
     store_rows(dr_matrix, dr, offs_p, D, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)
-    dposition_bias = tl.sum(colsum[:, None] * r.to(tl.float32), 0)
-    row = (part * n_blocks + block) * H + h
-    tl.store(dposition_bias_ptr + row * D + offs_d, dposition_bias, mask=offs_d < D)
+    if dposition_bias_ptr is not None:
+        offs_d = tl.arange(0, BLOCK_D)
+        dposition_bias = tl.sum(colsum[:, None] * r.to(tl.float32), 0)
+        row = (part * n_blocks + block) * H + h
+        tl.store(dposition_bias_ptr + row * D + offs_d, dposition_bias, mask=offs_d < D)

@@ -16,11 +16,11 @@ from txl_kernels.triton_backend.primitives import (
 
 
 @triton.jit
-def _softmax_step(acc, l_i, m_i, s, PRECISION: tl.constexpr):
+def _softmax_step(acc, l_i, m_i, s, dtype: tl.constexpr):
     """Online softmax: p = exp(s - m), with the running sums rescaled to the new row maximum."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    p = exp(s - m_new[:, None], PRECISION)
-    alpha = exp(m_i - m_new, PRECISION)
+    p = exp(s - m_new[:, None], dtype)
+    alpha = exp(m_i - m_new, dtype)
     return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
 
 
@@ -58,7 +58,7 @@ def _forward_tile(
     s = (ac + bd) * scale
     if MASKED:
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
-    p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s, PRECISION)
+    p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s, q.dtype)
     # (M, N) x (N, D) -> (M, D)
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -125,7 +125,9 @@ def forward_kernel(
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
     k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, P)
+    # Rows of r in the future of every query are not read.
+    r_rows = tl.minimum(P, rel_offset + reach)
+    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
     if column_ptr is not None:
         column_ptr += h * P

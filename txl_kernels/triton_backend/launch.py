@@ -102,7 +102,8 @@ class _Call:
             "T": self.T,
             "S": self.S,
             "P": self.P,
-            "rel_offset": first_distance - (self.S - self.T),
+            # Beyond these bounds no pair has a row of r, and int32 would overflow.
+            "rel_offset": max(-self.S, min(first_distance - (self.S - self.T), self.P + self.T)),
             "reach": self.S - self.T + 1 if is_causal else self.S,
             "scale": scale,
             "PRECISION": _input_precision(q.dtype),
@@ -181,11 +182,10 @@ def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor |
     tiling = call.tiling("dr")
     blocks = triton.cdiv(call.P, tiling["BLOCK_N"])
     ranges = max(1, min(call.B, _DR_PROGRAMS // (blocks * call.H)))
-    dr = torch.empty_like(r)
-    dr_parts = dr[None]
-    if ranges > 1:
-        dr_parts = torch.empty((ranges, *r.shape), dtype=torch.float32, device=r.device)
-    bias_parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
+    dr_parts = torch.empty((ranges, *r.shape), dtype=torch.float32, device=r.device)
+    bias_parts = None
+    if position_bias is not None:
+        bias_parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
     backward_dr_kernel[(blocks * call.H, ranges)](
         **call.arguments,
         **shared,
@@ -195,9 +195,7 @@ def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor |
         dposition_bias_ptr=bias_parts,
         **tiling,
     )
-    if ranges > 1:
-        dr.copy_(dr_parts.sum(0))
-    return dr, _total(bias_parts, (0, 1), position_bias)
+    return torch.empty_like(r).copy_(dr_parts.sum(0)), _total(bias_parts, (0, 1), position_bias)
 
 
 def _total(parts: Tensor | None, dimensions: tuple[int, int], bias: Tensor | None) -> Tensor | None:
@@ -226,8 +224,9 @@ def _bias_difference(content_bias: Tensor | None, position_bias: Tensor | None) 
 
 
 def _input_precision(dtype: torch.dtype) -> str:
-    """ "ieee" for exact float32, unless the user lets PyTorch use tf32."""
-    return "ieee" if dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 operands are multiplied: exactly, unless the user lets PyTorch use tf32 on an NVIDIA GPU."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

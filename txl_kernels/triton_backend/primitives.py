@@ -12,8 +12,8 @@ raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in
 on constants, then a rotation of every row by its own index. The kernels whose programs own keys or rows of r hold
 their tiles transposed, and rotate columns.
 
-A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. PRECISION is that of
-float32 products, "ieee" or "tf32"; it is "tf32" for 16-bit inputs, where it only says that exp need not be exact.
+A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. PRECISION says
+how float32 operands are multiplied, "ieee" or "tf32".
 """
 
 import triton
@@ -177,14 +177,14 @@ def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def exp(x, PRECISION: tl.constexpr):
-    """e^x for x <= 0, NaN kept.
+def exp(x, dtype: tl.constexpr):
+    """e^x for x <= 0, NaN kept, as exact as inputs of this dtype deserve.
 
-    2^(x log2 e) has a relative error that grows with |x|, since the product is rounded; so for exact float32 the
+    2^(x log2 e) has a relative error that grows with |x|, since the product is rounded; so for float32 the
     whole number of powers of two is taken off first (Cody and Waite 1980). tl.exp does neither: it adds instructions
     for results that underflow anyway.
     """
-    if PRECISION == "ieee":
+    if dtype == tl.float32:
         x = tl.where(x < -150.0, -150.0, x)
         n = tl.floor(x * LOG2_E + 0.5)
         remainder = (x - n * LN_2_HIGH) - n * LN_2_LOW
@@ -195,9 +195,9 @@ def exp(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def softmax_gradient(s, lse, dp, delta, PRECISION: tl.constexpr):
+def softmax_gradient(s, lse, dp, delta, dtype: tl.constexpr):
     """p = softmax(s) and ds = p (dp - delta), from scores and their log-sum-exp."""
-    p = exp(s - lse, PRECISION)
+    p = exp(s - lse, dtype)
     return p, p * (dp - delta)
 
 
