@@ -130,7 +130,7 @@ def draw(results: list[Result], path: Path) -> None:
     left.set(title="times faster than the original", yticks=range(len(shapes)), yticklabels=shapes)
     left.invert_yaxis()
     right.set(title="peak extra memory / the original's")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

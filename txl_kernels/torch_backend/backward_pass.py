@@ -57,10 +57,6 @@ def backward(
         group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
         b, h, S, _ = group.k.shape
         dk_lanes, dv_lanes = (group.k.new_zeros(b * h, S, D) if needed else None for needed in needs_grad[1:3])
-        dq_content, dq_position = (
-            group.k.new_empty(b * h, T, D) if needs_q or needed else None for needed in needs_grad[4:]
-        )
-        dscores = torch.empty_like(group.scores)
         for rows in spans(T, size.rows):
             tile = Tile(group, rows)
             p = tile.scores()
@@ -71,28 +67,29 @@ def backward(
             if only_v:
                 continue
 
-            ds = torch.bmm(dout_lanes, tile.v.flatten(0, 1).mT, out=dscores[: p.numel()].view_as(p))
+            ds = torch.bmm(dout_lanes, tile.v.flatten(0, 1).mT)
             torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
                 ds.addcmul_(p, dlse[batches, heads, rows].flatten(0, 1)[..., None])
 
             if needs_k:
                 _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1))
-            if dq_content is not None:
-                torch.bmm(ds, tile.k.flatten(0, 1), out=dq_content[:, rows])
-            if needs_r or dq_position is not None:
+            if needs_q or needs_content:
+                dq_content = torch.bmm(ds, tile.k.flatten(0, 1)).view(b, h, -1, D)
+            if needs_content:
+                dcontent[heads] += dq_content.sum((0, 2))
+
+            if needs_q or needs_r or needs_position:
                 ds_raw = tile.to_raw(ds)
             if needs_r:
                 _add_product(dr[heads, tile.r_rows], ds_raw.mT, tile.q_position)
-            if dq_position is not None:
-                torch.bmm(ds_raw, tile.r, out=dq_position.view(h, T*b, D)[:, rows.start*b:rows.stop*b])
-        if needs_content:
-            dcontent[heads] += dq_content.view(b, h, T, D).sum((0, 2))
-        if needs_position:
-            dposition[heads] += dq_position.view(h, T * b, D).sum(1)
-        if needs_q:
-            dq_p = dq_position.view(h, T, b, D).permute(2, 0, 1, 3)
-            dq[batches, heads] = dq_content.view(b, h, T, D).add_(dq_p).mul_(scale)
+            if needs_q or needs_position:
+                dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).permute(2, 0, 1, 3)
+            if needs_position:
+                dposition[heads] += dq_position.sum((0, 2))
+
+            if needs_q:
+                dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale)
         for grad, lanes in ((dk, dk_lanes), (dv, dv_lanes)):
             if grad is not None:
                 grad[batches, heads] = lanes.view(group.k.shape)

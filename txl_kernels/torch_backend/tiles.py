@@ -93,7 +93,6 @@ class Group:
         )
         b, h, S, _ = self.k.shape
         self.raw = self.k.new_empty(b * h * size.rows * _aligned(S + size.rows - 1))
-        self.scores = self.k.new_empty(b * h * size.rows * S)
 
 
 class Tile:
@@ -120,8 +119,6 @@ class Tile:
         self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
         self._shifted = self._raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), t - 1)
 
-        self._scores = group.scores[: h * t * b * n].view(b, h, t, n)
-
         # Raw column x belongs to row first_row + x of r, which need not exist.
         first_row = group.first_distance - group.memory - (rows.stop - 1)
         columns = n if group.is_causal else n + t - 1
@@ -144,8 +141,8 @@ class Tile:
         return self._shifted
 
     def scores(self) -> Tensor:
-        """scale * (AC + BD), -inf where hidden: (b * h, t, n), valid until the group's next tile."""
-        scores = self._scores.copy_(self.position_scores()).flatten(0, 1)
+        """scale * (AC + BD), -inf where hidden: (b * h, t, n)."""
+        scores = self.position_scores().contiguous().flatten(0, 1)
         return torch.baddbmm(scores, self.q_content.flatten(0, 1), self.k.flatten(0, 1).mT, out=scores)
 
     def to_raw(self, dscores: Tensor) -> Tensor:
