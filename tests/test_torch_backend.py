@@ -177,6 +177,31 @@ def test_each_gradient_alone(wanted, tiling):
     assert torch.equal(alone[wanted], run(inputs, dout, dlse)[wanted])
 
 
+class CountProducts(TorchDispatchMode):
+    """Counts batched matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"),
+    # AC and BD for every tile; then dV alone, or dP and: dQ in two terms, dK, dR, one term of dQ for a bias.
+    [(("v",), 3), (("q",), 5), (("k",), 4), (("r",), 4), (INPUTS[4:5], 4), (INPUTS[5:], 4), (INPUTS, 8)],
+)
+def test_only_wanted_gradients_are_computed(wanted, products):
+    inputs = make_inputs(1, 2, 21, 13, 8)
+    forward_result, dout = run(inputs), upstream(inputs)[0]
+    tensors = [inputs[name] for name in INPUTS]
+    needs_grad = [name in wanted for name in INPUTS]
+    with CountProducts() as seen:
+        backward(dout, None, *tensors, *forward_result.values(), *options_of(inputs), needs_grad)
+    assert seen.count == products
+
+
 def test_no_gradient_of_lse(tiling):
     inputs = make_inputs(2, 2, 21, 13, 8)
     dout, dlse = upstream(inputs)
