@@ -50,20 +50,22 @@ def backward(
     size = plan(B, H, T, k.shape[2])
     # What every batch adds to stays in the compute dtype until the end.
     dr, dcontent, dposition = sums = [
-        torch.zeros_like(x, dtype=compute_dtype(q.dtype)) if needed else None
+        x.new_zeros(x.shape, dtype=compute_dtype(q.dtype)) if needed else None
         for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
     ]
     for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
         group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
         b, h, S, _ = group.k.shape
-        dk_lanes, dv_lanes = (group.k.new_zeros(b * h, S, D) if needed else None for needed in needs_grad[1:3])
-        for rows in spans(T, size.rows):
+        # The last queries see every key: their products initialise dk and dv.
+        new = group.k.new_empty if T else group.k.new_zeros
+        dk_lanes, dv_lanes = (new((b * h, S, D)) if needed else None for needed in needs_grad[1:3])
+        for rows in reversed(list(spans(T, size.rows))):
             tile = Tile(group, rows)
             p = tile.scores()
             torch.softmax(p, -1, out=p)
             dout_lanes = dout[batches, heads, rows].to(p.dtype).flatten(0, 1).contiguous()
             if needs_v:
-                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes)
+                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes, first=rows.stop == T)
             if only_v:
                 continue
 
@@ -73,7 +75,7 @@ def backward(
                 ds.addcmul_(p, dlse[batches, heads, rows].flatten(0, 1)[..., None])
 
             if needs_k:
-                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1))
+                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1), first=rows.stop == T)
             if needs_q or needs_content:
                 dq_content = torch.bmm(ds, tile.k.flatten(0, 1)).view(b, h, -1, D)
             if needs_content:
@@ -101,6 +103,9 @@ def backward(
     return tuple(grads)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place."""
-    torch.baddbmm(total, a, b, out=total)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b, in place; total = a @ b for the first."""
+    if first:
+        torch.bmm(a, b, out=total)
+    else:
+        torch.baddbmm(total, a, b, out=total)

@@ -21,8 +21,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
 # smaller ones starve the matrix products.
-TILE_SCORES = 1 << 19
-MAX_ROWS = 128
+TILE_SCORES = 1 << 20
+MAX_ROWS = 256
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
 MANY_ROWS = 64
