@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / ".benchmarks" / "gpu"
-TESTS = ["tests/gpu", "-m", "gpu"]
+TESTS = ["tests/gpu", "-m", "gpu and not long"]
 DTYPES = ("bf16", "fp16", "fp32")
 UNFINISHED = 75  # exit status: call again
 
@@ -32,6 +32,7 @@ def parts() -> Iterator[tuple[str, list[str]]]:
     yield "tests-others", [*TESTS, "-k", f"not ({' or '.join(DTYPES)})"]
     for shape in SHAPES:
         yield f"benchmark-{shape}", ["benchmarks/test_attention.py", "--benchmark-only", "-k", shape]
+    yield "benchmark-hidden-keys", ["benchmarks/test_hidden_keys.py", "--benchmark-only"]
     yield "benchmark-training", ["benchmarks/test_language_model.py", "--benchmark-only"]
 
 

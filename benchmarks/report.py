@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.machine import headline
 from benchmarks.shapes import SHAPES
 
-Result = dict  # one benchmark's extra_info; test_attention.py and test_language_model.py say what is in it
+Result = dict  # one benchmark's extra_info; the test_*.py here say what is in it
 
 MIB = 1 << 20
 KEPT_STATISTICS = ("min", "median", "max", "iqr", "rounds")
@@ -75,6 +75,16 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def hidden_keys_table(results: list[Result]) -> str:
+    """A Markdown table of what a window and key lengths save."""
+    lines = ["| hidden keys | B, H x D, T | pass | ms | with all keys ms | speed-up |", "|---|---|---|--:|--:|--:|"]
+    for x in results:
+        milliseconds = [f"{x['seconds'][side] * 1e3:.3g}" for side in ("ours", "all keys")]
+        cells = [x["hidden_keys"], "{B}, {H} x {D}, {T}".format(**x["sizes"]), x["pass"], *milliseconds]
+        lines.append(f"| {' | '.join(cells)} | {x['ratio']['all keys']:.2f}x |")
+    return "\n".join(lines)
+
+
 def training_sentence(x: Result) -> str:
     """What the language model's training gave."""
     sizes = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, T = M = {segment}, batch {batch}"
@@ -103,6 +113,8 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
         parts.append(table(attention))
         if figure:
             parts.append(f"![Speed-up and peak extra memory by shape]({figure})")
+    if hidden := [x for x in results if "hidden_keys" in x]:
+        parts.append(hidden_keys_table(hidden))
     parts += [training_sentence(x) for x in results if "text" in x]
     return "\n\n".join(parts)
 

@@ -18,48 +18,82 @@ def rel_attention_eager(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     content_bias: Tensor | None = None,
     position_bias: Tensor | None = None,
     *,
     is_causal: bool = True,
+    window: tuple[int, int] | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    kept: Tensor | None = None,
     scale: float | None = None,
     first_distance: int | None = None,
+    q_pos: Tensor | None = None,
+    r_bias: Tensor | None = None,
+    segment: tuple[Tensor, Tensor, Tensor] | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Relative attention as the original computes it, in the dtype of the inputs.
+    """Relative attention as the original computes it, in the dtype of the inputs, with every optional term.
 
-    Args:
-        q: queries (B, H, T, D), the last T of the S positions.
-        k: keys (B, H, S, D).
-        v: values (B, H, S, D).
-        r: relative-position keys (H, P, D); row p holds distance first_distance - p.
-        content_bias: the paper's u (H, D), or None for zero.
-        position_bias: the paper's v (H, D), or None for zero.
-        is_causal: hide keys at a negative distance.
-        scale: factor on both score terms; 1 / sqrt(D) by default.
-        first_distance: distance of row 0 of r; S - 1 by default. A pair whose row is outside r stays visible.
-        return_lse: also return the natural-log row log-sum-exp.
+    Args: as in `rel_attention_definition`, where each is explained; kept (B, H, T, S) is the dropout mask.
 
     Returns:
         out (B, H, T, D), and with return_lse also lse (B, H, T) in float32 (float64 for float64 inputs).
     """
-    (T, D), S = q.shape[2:], k.shape[2]
+    (H, T, D), S = q.shape[1:], k.shape[2]
     scale = 1 / math.sqrt(D) if scale is None else scale
-    r = _rows_for_shift(r, T, S, is_causal, S - 1 if first_distance is None else first_distance)
+    first_distance = S - 1 if first_distance is None else first_distance
+    if k.shape[1] != H:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
 
     q_content = q if content_bias is None else q + content_bias[:, None].to(q.dtype)
-    q_position = q if position_bias is None else q + position_bias[:, None].to(q.dtype)
-    ac = torch.einsum("bhid,bhjd->bhij", q_content, k)
-    bd = _rel_shift(torch.einsum("bhid,hpd->bhip", q_position, r))
-    score = ac + bd[..., :S]
+    score = torch.einsum("bhid,bhjd->bhij", q_content, k)
+    if r is not None:
+        r = _rows_for_shift(r, T, S, is_causal, first_distance)
+        q_position = q if position_bias is None else q + position_bias[:, None].to(q.dtype)
+        bd = torch.einsum(
+            "bhid,hpd->bhip" if r.ndim == 3 else "bhid,bhpd->bhip", q_position if q_pos is None else q_pos, r
+        )
+        score = score + _rel_shift(bd)[..., :S]
+    if r_bias is not None:
+        rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, is_causal, first_distance)[..., 0]
+        score = score + _rel_shift(rows[None, :, None].expand(1, H, T, -1))[..., :S]
+    if segment is not None:
+        scores, q_ids, k_ids = segment
+        agree = (q_ids[:, :, None] == k_ids[:, None]).unsqueeze(1)
+        score = score + torch.where(agree, *scores.to(score.dtype).split(1, dim=-1))
     score.mul_(scale)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
     if is_causal:
         score = score.masked_fill(_future_keys(T, S, q.device), float("-inf"))
-    out = torch.einsum("bhij,bhjd->bhid", torch.softmax(score, dim=-1), v)
+    if window is not None:
+        score = score.masked_fill(_outside_window(T, S, window, q.device), float("-inf"))
+    if key_lengths is not None:
+        beyond = torch.arange(S, device=q.device) >= key_lengths[:, None]
+        score = score.masked_fill(beyond[:, None, None], float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            score = score.masked_fill(~attn_mask, float("-inf"))
+        else:
+            score = score + attn_mask.to(score.dtype)
+    dead = None
+    if window is not None or key_lengths is not None or attn_mask is not None:  # queries without a visible key
+        dead = (score == float("-inf")).all(-1, keepdim=True)
+        score = score.masked_fill(dead, 0.0)
+    p = torch.softmax(score, dim=-1)
+    if dead is not None:
+        p = p.masked_fill(dead, 0.0)
+    if kept is not None:
+        p = p * kept / (1 - dropout_p)
+    out = torch.einsum("bhij,bhjd->bhid", p, v)
     if not return_lse:
         return out
-    return out, torch.logsumexp(score if score.dtype == torch.float64 else score.float(), dim=-1)
+    lse = torch.logsumexp(score if score.dtype == torch.float64 else score.float(), dim=-1)
+    return out, lse if dead is None else lse.masked_fill(dead[..., 0], float("-inf"))
 
 
 def rel_attention_original(
@@ -102,17 +136,29 @@ def _rel_shift(x: Tensor) -> Tensor:
 
 
 def _rows_for_shift(r: Tensor, T: int, S: int, is_causal: bool, first_distance: int) -> Tensor:
-    """The rows of r for distances S-1 ... 0 (causal) or S-1 ... -(T-1), zero where r (H, P, D) has none."""
+    """The rows of r (..., P, D) for distances S-1 ... 0 (causal) or S-1 ... -(T-1), zero where r has none."""
     rows = S if is_causal else S + T - 1
     missing = S - 1 - first_distance  # rows that r lacks in front; negative: rows to skip
-    if missing == 0 and r.shape[1] == rows:
+    if missing == 0 and r.shape[-2] == rows:
         return r
     front = min(max(missing, 0), rows)
-    kept = r[:, max(-missing, 0) : max(rows - missing, 0)]
-    return torch.nn.functional.pad(kept, (0, 0, front, rows - front - kept.shape[1]))
+    kept = r[..., max(-missing, 0) : max(rows - missing, 0), :]
+    return torch.nn.functional.pad(kept, (0, 0, front, rows - front - kept.shape[-2]))
 
 
 @functools.lru_cache(maxsize=4)
 def _future_keys(T: int, S: int, device: torch.device) -> Tensor:
     """The mask (T, S), True = hidden; kept between calls, as the original shares one among its layers."""
     return torch.ones(T, S, dtype=torch.bool, device=device).triu(1 + S - T)
+
+
+def _outside_window(T: int, S: int, window: tuple[int, int], device: torch.device) -> Tensor:
+    """The mask (T, S) of (left, right), True = hidden."""
+    left, right = window
+    distance = torch.arange(T, device=device)[:, None] + (S - T) - torch.arange(S, device=device)
+    hidden = torch.zeros(T, S, dtype=torch.bool, device=device)
+    if left >= 0:
+        hidden |= distance > left
+    if right >= 0:
+        hidden |= -distance > right
+    return hidden

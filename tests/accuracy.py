@@ -10,7 +10,10 @@ from torch import Tensor
 
 from reference.eager import rel_attention_eager
 
-INPUTS = ("q", "k", "v", "r", "content_bias", "position_bias")
+INPUTS = (
+    *("q", "k", "v", "r", "content_bias", "position_bias"),
+    *("q_pos", "r_bias", "attn_mask", "segment_scores"),
+)
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
 
 Tensors = dict[str, Tensor]
@@ -20,16 +23,24 @@ def tolerance(truth: Tensor, same_dtype_reference: Tensor, factor: float) -> flo
     """Largest error allowed: factor x the reference's error + eps of its dtype x max|truth|."""
     if truth.numel() == 0:
         return 0.0
-    reference_error = (same_dtype_reference.double() - truth.double()).abs().max().item()
     eps = torch.finfo(same_dtype_reference.dtype).eps
-    return factor * reference_error + eps * truth.abs().max().item()
+    finite = truth.masked_fill(truth.isinf(), 0.0)  # the log-sum-exp of no key
+    return factor * largest_difference(same_dtype_reference, truth) + eps * finite.abs().max().item()
+
+
+def largest_difference(got: Tensor, truth: Tensor) -> float:
+    """max |got - truth|; NaN where got has one, 0 where both are the same infinity."""
+    if truth.numel() == 0:
+        return 0.0
+    got, truth = got.double(), truth.double()
+    return (got - truth).masked_fill((got == truth), 0.0).abs().max().item()
 
 
 def assert_close_to_truth(name: str, got: Tensor, truth: Tensor, same_dtype_reference: Tensor, factor: float) -> None:
     """Fails unless got has the reference's shape and dtype and is within tolerance() of truth."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(truth.shape)}"
     assert got.dtype == same_dtype_reference.dtype, f"{name}: {got.dtype}, not {same_dtype_reference.dtype}"
-    error = (got.double() - truth.double()).abs().max().item() if got.numel() else 0.0  # NaN stays NaN
+    error = largest_difference(got, truth)
     allowed = tolerance(truth, same_dtype_reference, factor)
     assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g} = {factor}x the reference's + eps"
 
@@ -88,13 +99,16 @@ def outputs_and_gradients(
     """Runs function(**inputs, **options): "out", "lse" when dlse is given, and each input's gradient.
 
     Without dout (in the dtype of the inputs) only the forward runs. An input without influence has gradient
-    zero.
+    zero. The input segment_scores and the option segment_ids are given to the function as its `segment`.
     """
     leaves = {name: x.detach().requires_grad_(dout is not None) for name, x in inputs.items()}
+    arguments = leaves | options
+    if "segment_ids" in arguments:
+        arguments["segment"] = (arguments.pop("segment_scores"), *arguments.pop("segment_ids"))
     if dlse is None:
-        results, upstream = {"out": function(**leaves, **options)}, [dout]
+        results, upstream = {"out": function(**arguments)}, [dout]
     else:
-        out, lse = function(**leaves, return_lse=True, **options)
+        out, lse = function(**arguments, return_lse=True)
         results, upstream = {"out": out, "lse": lse}, [dout, dlse]
     if dout is not None:
         cotangents = [g.to(x.dtype) for g, x in zip(upstream, results.values(), strict=True)]

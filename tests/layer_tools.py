@@ -1,7 +1,10 @@
-"""Shared by the tests of the layer: layers, inputs, the original mask, gradients by name, a count of operators."""
+"""Shared by the tests of the layers: golden cases, layers, inputs, the original masks, gradients by name."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +14,36 @@ from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
 
 H, D, C = 2, 5, 12  # H * D != C and an odd head size, so that no two sizes can be mistaken for each other
 INPUTS = ("w", "r", "r_w_bias", "r_r_bias", "mems")
+LEARNED_INPUTS = ("w", "r_emb", "r_w_bias", "r_bias", "mems")
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "original_attention.npz")
+GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files if "/" in key})
+
+
+def golden(case: str, module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """One golden case: the layer of module with its parameters, its inputs as leaves, and all of its numbers."""
+    numbers = {
+        key.removeprefix(f"{case}/"): torch.from_numpy(GOLDEN[key])
+        for key in GOLDEN.files
+        if key.startswith(f"{case}/") and GOLDEN[key].dtype.kind in "fb"
+    }
+    cfg = json.loads(str(GOLDEN[f"{case}/cfg"]))
+    learned = case.startswith("learnable")
+    cls = module.RelLearnableMultiHeadAttn if learned else module.RelPartialLearnableMultiHeadAttn
+    layer = cls(
+        cfg["n_head"], cfg["d_model"], cfg["d_head"], dropout=0.0, pre_lnorm=cfg.get("pre_lnorm", False)
+    ).double()
+    layer.load_state_dict({k.removeprefix("param/"): x for k, x in numbers.items() if k.startswith("param/")})
+    names = LEARNED_INPUTS if learned else INPUTS
+    return layer, {n: numbers[f"in/{n}"].requires_grad_() for n in names if f"in/{n}" in numbers}, numbers
+
+
+def assert_golden(got: dict[str, Tensor], numbers: dict[str, Tensor]) -> None:
+    """Holds what run() returns against the numbers of a golden case."""
+    for name, x in got.items():
+        kind = "out/output" if name == "out" else f"gin/{name}" if f"gin/{name}" in numbers else f"gparam/{name}"
+        # the golden scores went through float32 to be masked
+        torch.testing.assert_close(x, numbers[kind], rtol=1e-6, atol=2e-6, msg=lambda m, kind=kind: f"{kind}: {m}")
 
 
 class CountOps(TorchDispatchMode):
@@ -30,6 +63,12 @@ def original_mask(T: int, M: int, dtype: torch.dtype = torch.bool) -> Tensor:
     return torch.ones(T, M + T).triu(1 + M).to(dtype)[:, :, None]
 
 
+def same_length_mask(T: int, M: int, mem_len: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    """The mask (T, S, 1) of the original's same_length, as it builds it."""
+    shift = T - max(M + T - mem_len, 0)
+    return (torch.ones(T, M + T).triu(1 + M) + torch.ones(T, M + T).tril(-shift)).to(dtype)[:, :, None]
+
+
 def make_layer(
     cls: type[nn.Module] = RelPartialLearnableMultiHeadAttn, dtype: torch.dtype = torch.float32, **options
 ) -> nn.Module:
@@ -45,15 +84,19 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     sizes: tuple[int, int, int] = (H, D, C),
+    learned: int | None = None,
 ) -> dict[str, Tensor]:
-    """The inputs of the layer by name, requiring grad; the same numbers each time."""
+    """The inputs of the layer, with learned rows the ones of attn_type 1; the same numbers each time."""
     generator = torch.Generator().manual_seed(1)
     n_head, d_head, width = sizes
-    bias = (n_head, d_head)
-    shapes = ((T, B, width), (M + T, 1, width), bias, bias, (M, B, width))
+    bias, states, memory = (n_head, d_head), (T, B, width), (M, B, width)
+    if learned is None:
+        shapes = dict(zip(INPUTS, (states, (M + T, 1, width), bias, bias, memory), strict=True))
+    else:
+        shapes = dict(zip(LEARNED_INPUTS, (states, (learned, *bias), bias, (learned, n_head), memory), strict=True))
     return {
         name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-        for name, shape in zip(INPUTS, shapes, strict=True)
+        for name, shape in shapes.items()
     }
 
 

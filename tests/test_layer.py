@@ -1,68 +1,48 @@
-"""The layer: the original's numbers, checkpoints and calls, its deviations, and its bad input."""
+"""The layers: the original's numbers, checkpoints and calls, their deviations, and their bad input."""
 
 import copy
 import io
-import json
 import pickle
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
+import reference
+import txl_kernels
 from tests.layer_tools import (
-    INPUTS,
+    GOLDEN,
+    GOLDEN_CASES,
     C,
     CountOps,
     D,
     H,
     assert_as_accurate,
+    assert_golden,
+    golden,
     make_inputs,
     make_layer,
     original_mask,
     run,
+    same_length_mask,
 )
-from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
+from txl_kernels import RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "original_attention.npz")
-GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files if key.startswith("partial_")})
-
-
-def golden(case):
-    """One golden case: our layer with its parameters, its inputs as leaves, and all of its numbers."""
-    numbers = {
-        key.removeprefix(f"{case}/"): torch.from_numpy(GOLDEN[key])
-        for key in GOLDEN.files
-        if key.startswith(f"{case}/") and GOLDEN[key].dtype.kind in "fb"
-    }
-    cfg = json.loads(str(GOLDEN[f"{case}/cfg"]))
-    layer = RelPartialLearnableMultiHeadAttn(
-        cfg["n_head"], cfg["d_model"], cfg["d_head"], dropout=0.0, pre_lnorm=cfg["pre_lnorm"]
-    ).double()
-    layer.load_state_dict({k.removeprefix("param/"): x for k, x in numbers.items() if k.startswith("param/")})
-    inputs = {name: numbers[f"in/{name}"].requires_grad_() for name in INPUTS if f"in/{name}" in numbers}
-    return layer, inputs, numbers, cfg["mask"]
+ReferenceLayer = reference.RelPartialLearnableMultiHeadAttn
+PAIRS = {
+    "partial": (RelPartialLearnableMultiHeadAttn, ReferenceLayer),
+    "learned": (RelLearnableMultiHeadAttn, reference.RelLearnableMultiHeadAttn),
+}
 
 
-@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.uint8], ids=["none", "bool", "uint8"])
-@pytest.mark.parametrize("case", [case for case in GOLDEN_CASES if "same_length" not in case])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_the_numbers_of_the_original(case, mask_dtype):
-    layer, inputs, numbers, mask_kind = golden(case)
-    assert mask_kind == "causal"
-    mask = None if mask_dtype is None else numbers["in/attn_mask"].to(mask_dtype)
-    got = run(layer, inputs, numbers["gout/output"], mask)
-    for name, x in got.items():
-        kind = "out/output" if name == "out" else f"gin/{name}" if name in INPUTS else f"gparam/{name}"
-        # the golden scores went through float32 to be masked
-        torch.testing.assert_close(x, numbers[kind], rtol=1e-6, atol=2e-6, msg=lambda m, kind=kind: f"{kind}: {m}")
-
-
-def test_a_same_length_mask_is_refused():
-    layer, inputs, numbers, mask_kind = golden("partial_same_length_memfull")
-    assert mask_kind == "same_length"
-    with pytest.raises(ValueError, match=r"attn_mask: .* same_length and padding masks are not"):
-        layer(**inputs, attn_mask=numbers["in/attn_mask"])
+    layer, inputs, numbers = golden(case, txl_kernels)
+    got = run(layer, inputs, numbers["gout/output"], numbers["in/attn_mask"].to(mask_dtype))
+    assert_golden(got, numbers)
+    if "same_length" not in case:
+        assert_golden(run(layer, inputs, numbers["gout/output"]), numbers)
 
 
 @pytest.mark.parametrize("pre_lnorm", [False, True], ids=["post_lnorm", "pre_lnorm"])
@@ -72,19 +52,84 @@ def test_a_same_length_mask_is_refused():
     [(None, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
     ids=["float32", "autocast", "autocast_of_bfloat16"],
 )
-def test_as_accurate_as_the_reference(T, M, pre_lnorm, autocast, dtype):
-    layer = make_layer(pre_lnorm=pre_lnorm)
-    reference = make_layer(ReferenceLayer, pre_lnorm=pre_lnorm)
-    reference.load_state_dict(layer.state_dict())
-    exact = copy.deepcopy(reference).double()
-    states = {name: x.to(dtype) for name, x in make_inputs(T, M).items() if "bias" not in name}
-    inputs, mask = make_inputs(T, M) | states, original_mask(T, M)
-    gout = torch.randn(T, 3, C, generator=torch.Generator().manual_seed(2)).to(dtype)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_as_accurate_as_the_reference(kind, T, M, pre_lnorm, autocast, dtype):
+    inputs = make_inputs(T, M, learned=M + T if kind == "learned" else None)
+    assert_as_accurate_as_the_reference(kind, inputs, original_mask(T, M), autocast, dtype, pre_lnorm=pre_lnorm)
+
+
+def masks(T, M, B):
+    """Masks by name that leave every query a key; those of the second half show a query its future."""
+    generator, S = torch.Generator().manual_seed(4), M + T
+    causal, itself = original_mask(T, M), torch.eye(T, S).roll(M, 1)[:, :, None].bool()
+    some = (torch.rand(T, S, B, generator=generator) < 0.4) & ~itself
+    keys = torch.rand(S, B, generator=generator) < 0.4
+    keys[0] = False
+    return {
+        "same_length": same_length_mask(T, M, max(M, T)),
+        "shorter than the segment": causal | torch.ones(T, S).tril(M - 2)[:, :, None].bool(),
+        "by batch element": causal | some,
+        "future": some,
+        "keys": keys,
+        "nothing": torch.zeros(T, S, 1, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("mask", masks(1, 0, 1))
+@pytest.mark.parametrize(("T", "M"), [(9, 0), (1, 6), (2, 3), (7, 12)])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_masks_of_every_kind(kind, mask, T, M):
+    assert_equal_in_float64(kind, make_inputs(T, M, learned=M + T if kind == "learned" else None), masks(T, M, 3)[mask])
+
+
+@pytest.mark.parametrize("mask", ["same_length", "by batch element", "future"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_as_accurate_as_the_reference_with_masks(kind, autocast, mask):
+    inputs = make_inputs(13, 20, learned=33 if kind == "learned" else None)
+    assert_as_accurate_as_the_reference(kind, inputs, masks(13, 20, 3)[mask], autocast)
+
+
+@pytest.mark.parametrize("mask", ["same_length", "future"])
+@pytest.mark.parametrize("rows", [1, 8, 13])
+def test_learned_rows_are_repeated_in_front_or_left_out(rows, mask):
+    assert_equal_in_float64("learned", make_inputs(5, 6, learned=rows), masks(5, 6, 3)[mask])
+
+
+def assert_equal_in_float64(kind, inputs, mask):
+    layer, other = (make_layer(cls, torch.float64) for cls in PAIRS[kind])
+    other.load_state_dict(layer.state_dict())
+    inputs = {name: x.double() for name, x in inputs.items()}
+    gout = torch.randn(inputs["w"].shape, generator=torch.Generator().manual_seed(2)).double()
+    got, wanted = (run(x, inputs, gout, mask) for x in (layer, other))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def assert_as_accurate_as_the_reference(kind, inputs, mask, autocast=None, dtype=torch.float32, **options):
+    """Output and gradients, held against the reference layer in the same dtypes and in float64."""
+    layer, other = (make_layer(cls, **options) for cls in PAIRS[kind])
+    other.load_state_dict(layer.state_dict())
+    exact = copy.deepcopy(other).double()
+    inputs = {name: x if "bias" in name else x.to(dtype) for name, x in inputs.items()}
+    gout = torch.randn(inputs["w"].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
 
     got = run(layer, inputs, gout, mask, autocast)
-    wanted = run(reference, inputs, gout, mask, autocast)
+    wanted = run(other, inputs, gout, mask, autocast)
     truth = run(exact, {name: x.double() for name, x in inputs.items()}, gout.double(), mask)
     assert_as_accurate(got, wanted, truth, autocast or dtype)
+
+
+@pytest.mark.parametrize("mask", ["rows", "a batch element", "everything"])
+def test_queries_without_a_key_attend_to_nothing(mask):
+    hidden = torch.zeros(5, 8, 3, dtype=torch.bool)
+    dead = (slice(2, 4), slice(None)) if mask == "rows" else (slice(None), 1 if mask == "a batch element" else slice(3))
+    hidden[dead[0], :, dead[1]] = True
+    layer, inputs = make_layer(pre_lnorm=True), make_inputs(5, 3)
+    got = run(layer, inputs, torch.ones(5, 3, C), hidden)
+    assert torch.equal(got["out"][dead], inputs["w"][dead])
+    assert all(x.isfinite().all() for x in got.values())
+    if mask == "everything":
+        assert not got["qkv_net.weight"].any()
 
 
 def test_none_means_causal_and_the_future_changes_nothing():
@@ -133,11 +178,42 @@ def test_dropout_is_on_the_last_projection():
     assert torch.equal(layer.eval()(**inputs), make_layer()(**inputs))
 
 
-def test_dropatt_is_refused_in_training_only():
-    layer, inputs = make_layer(dropatt=0.1), make_inputs(4, 3)
-    with pytest.raises(NotImplementedError, match=r"dropatt: expected 0 in training mode, got 0\.1"):
-        layer(**inputs)
-    assert torch.equal(layer.eval()(**inputs), make_layer()(**inputs))
+def test_dropatt_drops_probabilities():
+    layer = make_layer(dropatt=0.4, pre_lnorm=True)  # its output is linear in the probabilities
+    inputs = {name: x.detach() for name, x in make_inputs(6, 5).items()}
+    without = make_layer(pre_lnorm=True)(**inputs)
+    assert torch.equal(layer.eval()(**inputs), without)
+    layer.train()
+    outs = torch.stack([seeded(seed, layer, inputs) for seed in range(400)])
+    assert torch.equal(outs[7], seeded(7, layer, inputs))
+    error, spread = (outs.mean(0) - without).abs(), outs.std(0)
+    assert (spread > 0).all()
+    assert (error / spread * 400**0.5).max() < 5  # in standard errors, 216 of them
+
+
+def seeded(seed, layer, inputs, **options):
+    torch.manual_seed(seed)
+    return layer(**inputs, **options)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_activation_checkpointing_repeats_the_dropout(kind, use_reentrant):
+    layer = make_layer(PAIRS[kind][0], dropatt=0.4, dropout=0.2)
+    inputs = make_inputs(5, 3, learned=8 if kind == "learned" else None)
+    *tensors, mems = inputs.values()
+    grads = []
+    for wrap in (lambda f, *args: f(*args), lambda f, *args: checkpoint(f, *args, use_reentrant=use_reentrant)):
+        torch.manual_seed(5)
+        out = wrap(layer, *tensors, original_mask(5, 3), mems)
+        torch.rand(3)  # moves the generator on, as the layers in between do
+        layer.zero_grad()
+        for x in inputs.values():
+            x.grad = None
+        out.square().sum().backward()
+        grads.append([out, *(x.grad for x in (*inputs.values(), *layer.parameters()))])
+    for x, y in zip(*grads, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("M", [0, 6])
@@ -150,34 +226,40 @@ def test_nothing_is_copied_around_the_attention(M):
     assert not {"clone", "copy_", "_to_copy", "contiguous"} & ops.calls.keys()
 
 
-def test_layers_that_share_a_mask_verify_it_once():
-    layers, inputs, mask = [make_layer() for _ in range(3)], make_inputs(4, 6), original_mask(4, 6)
+@pytest.mark.parametrize("kind", ["same_length", "by batch element", "future"])
+def test_layers_that_share_a_mask_read_and_invert_it_once(kind):
+    layers, inputs, mask = [make_layer() for _ in range(3)], make_inputs(4, 6), masks(4, 6, 3)[kind]
     with CountOps() as ops:
         for layer in layers:
             layer(**inputs, attn_mask=mask)
     assert ops.calls["rel_attention"] == 3
-    assert ops.calls["argmax"] == 1
+    assert ops.calls["amin"] == 1
+    assert ops.calls["logical_not"] == (kind != "same_length")
 
 
-def test_checkpoints_are_the_original_s():
-    case = "partial_causal_mem/param/"
-    shapes = {k.removeprefix(case): GOLDEN[k].shape for k in GOLDEN.files if k.startswith(case)}
-    layer, sizes, _, _ = golden("partial_causal_mem")
+@pytest.mark.parametrize("case", ["partial_causal_mem", "learnable_R_eq"])
+def test_checkpoints_are_the_original_s(case):
+    prefix = f"{case}/param/"
+    shapes = {k.removeprefix(prefix): GOLDEN[k].shape for k in GOLDEN.files if k.startswith(prefix)}
+    layer, _, _ = golden(case, txl_kernels)
     state = layer.state_dict()
     assert {name: tuple(x.shape) for name, x in state.items()} == shapes
     assert list(state) == list(shapes)  # optimizer states count the parameters in this order
-    n_head, d_head = sizes["r_w_bias"].shape
-    ReferenceLayer(n_head, layer.d_model, d_head, dropout=0.0).load_state_dict(state)
+    golden(case, reference)[0].load_state_dict(state)
 
 
-def test_runs_as_the_forward_of_another_class(monkeypatch):
-    original, inputs = make_layer(ReferenceLayer), make_inputs(4, 3)
+@pytest.mark.parametrize("mask", ["causal", "keys"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_runs_as_the_forward_of_another_class(kind, mask, monkeypatch):
+    ours, theirs = PAIRS[kind]
+    original, inputs = make_layer(theirs), make_inputs(4, 3, learned=7 if kind == "learned" else None)
     original.scale = 0.3  # not the default, to see that it counts
-    pickled, wanted = pickle.dumps(original), original(**inputs, attn_mask=original_mask(4, 3))
-    monkeypatch.setattr(ReferenceLayer, "forward", RelPartialLearnableMultiHeadAttn.forward)
+    mask = original_mask(4, 3) if mask == "causal" else masks(4, 3, 3)[mask]
+    pickled, wanted = pickle.dumps(original), original(**inputs, attn_mask=mask)
+    monkeypatch.setattr(theirs, "forward", ours.forward)
     for layer in (original, pickle.loads(pickled)):
         with CountOps() as ops:
-            out = layer(**inputs, attn_mask=original_mask(4, 3))
+            out = layer(**inputs, attn_mask=mask)
         assert ops.calls["rel_attention"] == 1
         torch.testing.assert_close(out, wanted)
 
@@ -220,19 +302,6 @@ def test_training_lowers_the_loss(autocast):
     assert not any(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 
 
-def test_compiles_as_one_graph():
-    layer, inputs = make_layer(), make_inputs(4, 3)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    gout = torch.randn(4, 3, C, generator=torch.Generator().manual_seed(2))
-    wanted = run(layer, inputs, gout)
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = compiled(**leaves)
-    got = torch.autograd.grad(out, list(leaves.values()), gout)
-    torch.testing.assert_close([out, *got], [wanted["out"], *(wanted[name] for name in leaves)])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="attn_mask: expected None, which means causal"):
-        compiled(**leaves, attn_mask=original_mask(4, 3))
-
-
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
@@ -250,14 +319,32 @@ def test_compiles_as_one_graph():
         ({"r": torch.ones(7, 1, C).bfloat16()}, TypeError, r"r: expected dtype torch\.float32 .*bfloat16"),
         ({"r_w_bias": torch.ones(D, H)}, ValueError, r"content_bias: .* got \(5, 2\)"),
         ({"r_r_bias": torch.ones(H, D).double()}, TypeError, r"position_bias: .* got torch\.float64"),
-        ({"attn_mask": torch.ones(4, 7, 3).bool()}, ValueError, r"attn_mask: .* got shape \(4, 7, 3\)"),
-        ({"attn_mask": torch.ones(7, 3).bool()}, ValueError, r"attn_mask: .* got shape \(7, 3\)"),
-        ({"attn_mask": original_mask(4, 0)}, ValueError, r"\(4, 7, 1\), got shape \(4, 4, 1\)"),
+        ({"attn_mask": torch.ones(4, 7, 2).bool()}, ValueError, r"attn_mask: .* got shape \(4, 7, 2\)"),
+        ({"attn_mask": torch.ones(4, 7).bool()}, ValueError, r"attn_mask: .* got shape \(4, 7\)"),
+        ({"attn_mask": original_mask(4, 0)}, ValueError, r"\(4, 7, 1\).* got shape \(4, 4, 1\)"),
+        ({"attn_mask": original_mask(4, 3).float()}, TypeError, r"attn_mask: .*bool or uint8.* got torch\.float32"),
     ],
 )
 def test_bad_input_is_named(wrong, error, message):
     with pytest.raises(error, match=message):
         make_layer()(**(make_inputs(4, 3) | wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"w": torch.ones(4, 3, C + 1)}, ValueError, r"w: .* d_model = 12, got \(4, 3, 13\)"),
+        ({"r_emb": torch.ones(7, D, H)}, ValueError, r"r_emb: expected \(P, H, D\) = \(P, 2, 5\).* got \(7, 5, 2\)"),
+        ({"r_emb": torch.ones(0, H, D)}, ValueError, r"r_emb: .* P >= 1, got \(0, 2, 5\)"),
+        ({"r_emb": torch.ones(7, H, D).double()}, TypeError, r"r_emb: expected dtype torch\.float32 .*float64"),
+        ({"r_bias": torch.ones(6, H)}, ValueError, r"r_bias: expected \(P, H\) = \(7, 2\) as r_emb, got \(6, 2\)"),
+        ({"r_bias": torch.ones(7, H).double()}, TypeError, r"r_bias: .* got torch\.float64"),
+        ({"r_w_bias": torch.ones(D, H)}, ValueError, r"content_bias: .* got \(5, 2\)"),
+    ],
+)
+def test_bad_input_of_the_learned_layer_is_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        make_layer(RelLearnableMultiHeadAttn)(**(make_inputs(4, 3, learned=7) | wrong))
 
 
 def test_meta_tensors_have_shapes_only():

@@ -1,20 +1,14 @@
 """The reference held against the index-by-index definition, gradcheck and the original's golden values."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
+import reference
 from reference.definition import rel_attention_definition
 from reference.eager import rel_attention_eager, rel_attention_original
 from reference.layer import RelPartialLearnableMultiHeadAttn
 from tests.accuracy import assert_close_to_truth, make_inputs, outputs_and_gradients
-
-GOLDEN = np.load(Path(__file__).parent / "golden" / "original_attention.npz")
-GOLDEN_LAYERS = sorted({key.split("/")[0] for key in GOLDEN.files if key.startswith("partial_")})
-LAYER_INPUTS = ("w", "r", "r_w_bias", "r_r_bias", "mems")
+from tests.layer_tools import GOLDEN_CASES, assert_golden, golden, run
 
 # T, M, is_causal, P (None: as many as needed), first_distance (None: S - 1)
 CASES = {
@@ -87,26 +81,10 @@ def test_low_precision_stays_near_and_returns_float32_lse(dtype):
     assert (out - truth_out).abs().max() < 10 * eps * truth_out.abs().max()
 
 
-@pytest.mark.parametrize("case", GOLDEN_LAYERS)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_layer_has_the_numbers_of_the_original(case):
-    values = {
-        key.removeprefix(f"{case}/"): torch.from_numpy(GOLDEN[key])
-        for key in GOLDEN.files
-        if key.startswith(f"{case}/") and GOLDEN[key].dtype.kind in "fb"
-    }
-    cfg = json.loads(str(GOLDEN[f"{case}/cfg"]))
-    layer = RelPartialLearnableMultiHeadAttn(
-        cfg["n_head"], cfg["d_model"], cfg["d_head"], dropout=0.0, pre_lnorm=cfg["pre_lnorm"]
-    ).double()
-    layer.load_state_dict({key.removeprefix("param/"): x for key, x in values.items() if key.startswith("param/")})
-    inputs = {n: values[f"in/{n}"].requires_grad_() for n in LAYER_INPUTS if f"in/{n}" in values}
-    out = layer(**inputs, attn_mask=values["in/attn_mask"])
-    out.backward(values["gout/output"])
-
-    got = {"out/output": out} | {f"gin/{n}": x.grad for n, x in inputs.items()}
-    got |= {f"gparam/{n}": x.grad for n, x in layer.named_parameters()}
-    for name, x in got.items():  # the golden scores went through float32 to be masked
-        torch.testing.assert_close(x, values[name], rtol=1e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+    layer, inputs, numbers = golden(case, reference)
+    assert_golden(run(layer, inputs, numbers["gout/output"], numbers["in/attn_mask"]), numbers)
 
 
 def test_layer_masks():

@@ -10,15 +10,19 @@ from reference.definition import rel_attention_definition
 from tests.accuracy import (
     GRADIENT_FACTOR,
     INPUTS,
-    OUTPUT_FACTOR,
+    assert_all_close_to_truth,
     assert_close_to_truth,
     make_inputs,
     truth_and_reference,
 )
+from tests.contract import make_problem, pairs
+from txl_kernels import dropout, rel_attention
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend import backward, forward, tiles
 
 # Several tiles and several groups of lanes at sizes that an eager float64 truth does in milliseconds.
-SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16, "MANY_ROWS": 0}
+SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16, "MANY_ROWS": 0, "WINDOW_ROWS": 8}
+SIX = INPUTS[:6]
 
 
 @pytest.fixture(params=["whole", "tiled"])
@@ -29,27 +33,41 @@ def tiling(request, monkeypatch):
             monkeypatch.setattr(tiles, name, value)
 
 
-def options_of(inputs, is_causal=True, scale=None, first_distance=None):
-    """The backend's positional options with rel_attention's defaults."""
+def backend_call(
+    inputs, is_causal=True, window=None, scale=None, first_distance=None, softcap=None, dropout_p=0.0, **tensors
+):
+    """Inputs and Options of the backend with rel_attention's defaults."""
     q, k = inputs["q"], inputs["k"]
-    return (
-        is_causal,
+    tensors = inputs | tensors
+    if "segment_ids" in tensors:
+        tensors["segment_q_ids"], tensors["segment_k_ids"] = tensors.pop("segment_ids")
+    for name in ("r", "attn_mask"):
+        x = tensors.get(name)
+        tensors[name] = None if x is None else x[(None,) * (4 - x.ndim)]
+    left, right = window or (-1, -1)
+    return Inputs(**tensors), Options(
+        left,
+        0 if is_causal else right,
         q.shape[3] ** -0.5 if scale is None else scale,
         k.shape[2] - 1 if first_distance is None else first_distance,
+        softcap,
+        dropout_p,
     )
 
 
 def run(inputs, dout=None, dlse=None, wanted=INPUTS, **options):
     """out and lse of the backend, and with dout its gradients by the names in wanted that are inputs."""
-    tensors = [inputs.get(name) for name in INPUTS]
-    options = options_of(inputs, **options)
-    out, lse = forward(*tensors, *options)
+    tensors, options = backend_call(inputs, **options)
+    out, lse = forward(tensors, options)
     results = {"out": out, "lse": lse}
     if dout is not None:
-        needs_grad = [name in inputs and name in wanted for name in INPUTS]
-        grads = backward(dout, dlse, *tensors, out, lse, *options, needs_grad)
+        needs_grad = [name in inputs and name in wanted for name in DIFFERENTIABLE]
+        grads = backward(dout, dlse, tensors, out, lse, options, needs_grad)
         assert [grad is not None for grad in grads] == needs_grad
-        results |= {name: grad for name, grad in zip(INPUTS, grads, strict=True) if grad is not None}
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
+            if grad is not None:
+                assert grad.shape == getattr(tensors, name).shape
+                results[name] = grad.view(inputs[name].shape)
     return results
 
 
@@ -67,13 +85,42 @@ def assert_right(inputs, **options):
     dout, dlse = upstream(inputs)
     truth, reference = truth_and_reference(inputs, dout, dlse, **options)
     got = run(inputs, dout, dlse, **options)
-    assert got.keys() == truth.keys()
-    for name in truth:
-        if inputs["q"].dtype == torch.float64:  # truth is another order of the same sums
+    if inputs["q"].dtype == torch.float64:  # truth is another order of the same sums
+        assert got.keys() == truth.keys()
+        for name in truth:
             torch.testing.assert_close(got[name], truth[name], rtol=1e-12, atol=1e-12)
-            continue
-        factor = GRADIENT_FACTOR if name in INPUTS else OUTPUT_FACTOR
-        assert_close_to_truth(name, got[name], truth[name], reference[name], factor)
+    else:
+        assert_all_close_to_truth(got, truth, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [frozenset(), *pairs()], ids=lambda features: "+".join(sorted(features)))
+def test_every_pair_of_features(features, dtype, tiling):
+    inputs, options = make_problem(features, dtype=dtype)
+    assert_right(inputs, **options)
+
+
+EVERYTHING = (
+    {"window", "band", "float mask", "key lengths", "position query", "row bias", "segment", "softcap", "batched r"},
+    {"bidirectional", "right window", "head mask", "no r", "segment", "softcap", "grouped heads", "key lengths"},
+    {"bidirectional", "key mask", "row bias", "grouped heads", "shared r", "band"},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", EVERYTHING)
+@pytest.mark.parametrize("layout", ["bhtd", "tbhd"])
+def test_many_features(features, dtype, layout, tiling):
+    inputs, options = make_problem(features, dtype=dtype, layout=layout)
+    assert_right(inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "features", [{x} for x in ("window", "grouped heads", "batched r", "shared r", "position query", "band")]
+)
+def test_one_query_with_features(features, tiling):
+    inputs, options = make_problem(features, T=1, M=29)
+    assert_right(inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -134,7 +181,7 @@ def test_unused_rows_get_zero_gradient(tiling):
 @pytest.mark.parametrize("biases", [("content_bias",), ("position_bias",), ()])
 def test_missing_biases(biases, tiling):
     inputs = make_inputs(2, 2, 20, 9, 8)
-    assert_right({name: x for name, x in inputs.items() if name not in INPUTS[4:] or name in biases})
+    assert_right({name: x for name, x in inputs.items() if name not in SIX[4:] or name in biases})
 
 
 def test_scale(tiling):
@@ -169,7 +216,7 @@ def test_float32_biases_beside_half_inputs(dtype, tiling):
         assert_close_to_truth(name, x, truth[name], wanted, GRADIENT_FACTOR)
 
 
-@pytest.mark.parametrize("wanted", INPUTS)
+@pytest.mark.parametrize("wanted", SIX)
 def test_each_gradient_alone(wanted, tiling):
     inputs = make_inputs(2, 2, 21, 13, 8)
     dout, dlse = upstream(inputs)
@@ -190,15 +237,15 @@ class CountProducts(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("wanted", "products"),
     # AC and BD for every tile; then dV alone, or dP and: dQ in two terms, dK, dR, one term of dQ for a bias.
-    [(("v",), 3), (("q",), 5), (("k",), 4), (("r",), 4), (INPUTS[4:5], 4), (INPUTS[5:], 4), (INPUTS, 8)],
+    [(("v",), 3), (("q",), 5), (("k",), 4), (("r",), 4), (SIX[4:5], 4), (SIX[5:], 4), (SIX, 8)],
 )
 def test_only_wanted_gradients_are_computed(wanted, products):
     inputs = make_inputs(1, 2, 21, 13, 8)
     forward_result, dout = run(inputs), upstream(inputs)[0]
-    tensors = [inputs[name] for name in INPUTS]
-    needs_grad = [name in wanted for name in INPUTS]
+    tensors, options = backend_call(inputs)
+    needs_grad = [name in wanted for name in DIFFERENTIABLE]
     with CountProducts() as seen:
-        backward(dout, None, *tensors, *forward_result.values(), *options_of(inputs), needs_grad)
+        backward(dout, None, tensors, *forward_result.values(), options, needs_grad)
     assert seen.count == products
 
 
@@ -206,7 +253,7 @@ def test_no_gradient_of_lse(tiling):
     inputs = make_inputs(2, 2, 21, 13, 8)
     dout, dlse = upstream(inputs)
     without, zero = run(inputs, dout), run(inputs, dout, torch.zeros_like(dlse))
-    for name in INPUTS:
+    for name in SIX:
         torch.testing.assert_close(without[name], zero[name], rtol=0, atol=0)
 
 
@@ -214,7 +261,7 @@ def test_expanded_upstream_gradients(tiling):
     inputs = make_inputs(2, 3, 21, 13, 8)
     dout, dlse = torch.ones(()).expand(inputs["q"].shape), torch.ones(()).expand(inputs["q"].shape[:3])
     expanded, dense = run(inputs, dout, dlse), run(inputs, dout.contiguous(), dlse.contiguous())
-    for name in INPUTS:
+    for name in SIX:
         assert torch.equal(expanded[name], dense[name]), name
 
 
@@ -253,16 +300,6 @@ def test_nan_stays_in_its_batch_element(name, tiling):
     assert got["r"].isnan().any()
 
 
-@pytest.mark.parametrize(("B", "T", "M"), [(0, 5, 3), (2, 0, 3), (2, 0, 0)])
-def test_empty(B, T, M):
-    inputs = make_inputs(B, 2, T, M, 8)
-    got = run(inputs, *upstream(inputs))
-    assert got["out"].shape == inputs["q"].shape
-    assert got["lse"].shape == inputs["q"].shape[:3]
-    for name in INPUTS:
-        assert torch.equal(got[name], torch.zeros_like(inputs[name])), name
-
-
 class LargestResult(TorchDispatchMode):
     """Records the largest tensor storage, in bytes, that any operation makes or writes."""
 
@@ -278,14 +315,22 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("B", [1, 4])
-def test_no_allocation_grows_with_the_number_of_pairs(B, is_causal, monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "window", "mask", "dropout", "lengths"])
+def test_no_allocation_grows_with_the_number_of_pairs(B, is_causal, kind, monkeypatch):
     """Four times the pairs: the largest allocation of both passes stays, and is that of a tile."""
     monkeypatch.setattr(tiles, "TILE_SCORES", 1 << 16)
     largest = []
     for T in (512, 1024):
         inputs = make_inputs(B, 2, T, T, 2, is_causal=is_causal)
+        options = {
+            "plain": {},
+            "window": {"window": (2 * T, 9)},
+            "mask": {"attn_mask": torch.ones(B, 1, 1, 2 * T, dtype=torch.bool), "softcap": 20.0},
+            "dropout": {"dropout_p": 0.1, "seed": torch.tensor(5)},
+            "lengths": {"key_lengths": torch.full((B,), 2 * T - 1)},
+        }[kind]
         with LargestResult() as seen:
-            run(inputs, *upstream(inputs))
+            run(inputs, *upstream(inputs), is_causal=is_causal, **options)
         largest.append(seen.largest)
     assert largest[0] == pytest.approx(largest[1], rel=0.1), largest
     assert max(largest) < 4 * tiles.TILE_SCORES * 1.2, largest
@@ -293,6 +338,173 @@ def test_no_allocation_grows_with_the_number_of_pairs(B, is_causal, monkeypatch)
 
 def test_plan_bounds_a_tile():
     for B, H, T, S in itertools.product((1, 7, 300), (1, 16), (1, 150, 5000), (1, 300, 10**4, 10**6)):
-        size = tiles.plan(B, H, T, S)
-        assert min(size) >= 1
-        assert size.batches * size.heads * size.rows * S <= max(tiles.TILE_SCORES, S)
+        for heads_per_key, window in itertools.product((1, H), (None, 0, 1000)):
+            size = tiles.plan(B, H, T, S, heads_per_key, window)
+            assert min(size) >= 1
+            assert size.heads % heads_per_key == 0
+            scores = size.batches * size.heads * size.rows * size.keys
+            assert scores <= max(tiles.TILE_SCORES, size.keys * heads_per_key)
+
+
+@pytest.mark.parametrize("wanted", INPUTS)
+def test_each_gradient_alone_with_features(wanted, tiling):
+    problems = [make_problem(features) for features in EVERYTHING]
+    problems += [make_problem({"float mask", "segment", "softcap"})]
+    inputs, options = next((x, y) for x, y in problems if wanted in x)
+    dout, dlse = upstream(inputs)
+    alone = run(inputs, dout, dlse, wanted=(wanted,), **options)
+    assert torch.equal(alone[wanted], run(inputs, dout, dlse, **options)[wanted])
+
+
+@pytest.mark.parametrize("features", [{"bool mask"}, {"float mask"}, {"key lengths"}, {"key lengths", "window"}])
+def test_dead_queries(features, tiling):
+    """Exactly 0, -inf and no gradient, whatever comes down to them."""
+    inputs, options = make_problem(features)
+    dout, dlse = upstream(inputs)
+    dead = run(inputs, **options)["lse"] == float("-inf")
+    assert dead.any()
+    clean = run(inputs, dout.masked_fill(dead[..., None], 0), dlse.masked_fill(dead, 0), **options)
+    dout, dlse = dout.masked_fill(dead[..., None], float("nan")), dlse.masked_fill(dead, float("nan"))
+    got = run(inputs, dout, dlse, **options)
+    assert torch.equal(got["out"][dead], torch.zeros_like(got["out"][dead]))
+    assert torch.equal(got["q"][dead], torch.zeros_like(got["q"][dead]))
+    for name in got:
+        assert torch.equal(got[name], clean[name]), name
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("features", [set(), {"bidirectional", "float mask"}, {"window", "softcap", "grouped heads"}])
+def test_nan_beyond_the_lengths_reaches_nothing(features, on_host, tiling, monkeypatch):
+    """On the host keys are cut off; on a device, whose lengths are not read, they are masked."""
+    inputs, options = make_problem(features | {"key lengths"}, B=3)
+    options["key_lengths"] = torch.tensor([17, 30, 0])
+    dout, dlse = upstream(inputs)
+    truth, reference = truth_and_reference(inputs, dout, dlse, **options)
+    for name, b in itertools.product("kv", range(3)):
+        inputs[name] = inputs[name].clone()
+        inputs[name][b, :, options["key_lengths"][b] :] = float("nan")
+    if not on_host:
+        monkeypatch.setattr(tiles.terms, "lengths_on_host", lambda inputs: inputs.key_lengths is None)
+    assert_all_close_to_truth(run(inputs, dout, dlse, **options), truth, reference)
+
+
+def test_hidden_keys_are_not_multiplied():
+    """The work of a window grows with the window, that of short batch elements with their lengths."""
+
+    class Work(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+                a, b = args[-2:]
+                self.total += a.numel() * b.shape[-1]
+            return func(*args, **(kwargs or {}))
+
+    def work(inputs, **options):
+        with Work() as seen:
+            run(inputs, *upstream(inputs), **options)
+        return seen.total
+
+    inputs = make_inputs(1, 1, 2048, 0, 4)
+    assert work(inputs, window=(127, 0)) < 0.25 * work(inputs)
+    inputs = make_inputs(2, 1, 512, 0, 4, is_causal=False)
+    assert work(inputs, is_causal=False, key_lengths=torch.tensor([256, 256])) < 0.65 * work(inputs, is_causal=False)
+
+
+# Dropout
+
+
+def keep(p, B=2, H=3, T=200, S=300, seed=1234567890123):
+    where = (slice(0, n) for n in (B, H, T, S))
+    return dropout.kept(torch.tensor(seed), *where, H, p)
+
+
+def test_dropout_hash():
+    """The 32-bit arithmetic, against Python's integers."""
+    M = 2**32 - 1
+
+    def mix(x):
+        x = (x ^ x >> 16) * 0x7FEB352D & M
+        x = (x ^ x >> 15) * 0x846CA68B & M
+        return x ^ x >> 16
+
+    def kept(seed, lane, i, j, p):
+        key = mix((seed & M) ^ mix((seed >> 32) ^ mix(lane)))
+        x = mix(key + i * 0x9E3779B9 & M) + mix((key ^ 0x85EBCA6B) + j * 0xC2B2AE35 & M)
+        x = x * 0x7FEB352D & M
+        x = (x ^ x >> 15) * 0x846CA68B & M
+        return x - (x >> 31 << 32) < round((1 - p) * 2**32) - 2**31
+
+    for seed in (0, 2**62 - 1, 123456789012345678):
+        got = dropout.kept(torch.tensor(seed), slice(1, 3), slice(2, 5), slice(3, 9), slice(70, 90), 5, 0.3)
+        wanted = [
+            kept(seed, b * 5 + h, i, j, 0.3)
+            for b in (1, 2)
+            for h in (2, 3, 4)
+            for i in range(3, 9)
+            for j in range(70, 90)
+        ]
+        assert got.flatten().tolist() == wanted
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_right_share(p):
+    """Overall and by query, key and lane, within 5 standard deviations."""
+    kept = keep(p).double()
+    for dims in ((0, 1, 2, 3), (0, 1, 3), (0, 1, 2), (2, 3)):
+        share = kept.mean(dims)
+        n = kept.numel() / share.numel()
+        assert (share - (1 - p)).abs().max() < 5 * (p * (1 - p) / n) ** 0.5, dims
+
+
+def test_dropout_of_neighbours_is_independent():
+    """No correlation between adjacent queries, keys, diagonals, lanes or seeds, within 5 standard deviations."""
+    x = keep(0.3).double().sub_(0.7).div_((0.3 * 0.7) ** 0.5)
+    y = keep(0.3, seed=1234567890124).double().sub_(0.7).div_((0.3 * 0.7) ** 0.5)
+    pairs = {
+        "queries": (x[:, :, 1:], x[:, :, :-1]),
+        "keys": (x[..., 1:], x[..., :-1]),
+        "diagonal": (x[:, :, 1:, 1:], x[:, :, :-1, :-1]),
+        "rectangle": (x[:, :, 1:, 1:] * x[:, :, :-1, :-1], x[:, :, 1:, :-1] * x[:, :, :-1, 1:]),
+        "heads": (x[:, 1:], x[:, :-1]),
+        "batches": (x[1:], x[:-1]),
+        "seeds": (x, y),
+    }
+    for name, (a, b) in pairs.items():
+        deviation = (a.square() * b.square()).mean().sqrt() / a.numel() ** 0.5
+        assert (a * b).mean().abs() < 5 * deviation, name
+
+
+def test_dropout_mask_of_the_operator(tiling):
+    """With values that pick single keys the output is the dropped weights."""
+    B, H, T, M = 2, 3, 20, 5
+    inputs = make_inputs(B, H, T, M, T + M, is_causal=False)
+    inputs["v"] = torch.eye(T + M).expand(B, H, -1, -1)
+    got = run(inputs, is_causal=False, dropout_p=0.4, seed=torch.tensor(77))["out"]
+    assert torch.equal(got != 0, keep(0.4, B, H, T, T + M, seed=77))
+
+
+@pytest.mark.parametrize("features", [set(), {"grouped heads", "segment"}, {"bool mask", "window"}, {"key lengths"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout(features, dtype, tiling):
+    inputs, options = make_problem(features, dtype=dtype)
+    (B, H, T, _), S = inputs["q"].shape, inputs["k"].shape[2]
+    dout, dlse = upstream(inputs)
+    with_mask = {"kept": keep(0.3, B, H, T, S, seed=5), "dropout_p": 0.3}
+    truth, reference = truth_and_reference(inputs, dout, dlse, **options, **with_mask)
+    got = run(inputs, dout, dlse, dropout_p=0.3, seed=torch.tensor(5), **options)
+    if dtype == torch.float64:
+        for name in truth:
+            torch.testing.assert_close(got[name], truth[name], rtol=1e-12, atol=1e-12)
+    else:
+        assert_all_close_to_truth(got, truth, reference)
+
+
+def test_dropout_repeats_with_the_seed():
+    inputs = make_inputs(2, 2, 20, 9, 8)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(rel_attention(**inputs, dropout_p=0.5, backend="torch"))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])

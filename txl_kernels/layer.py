@@ -1,26 +1,31 @@
-"""The attention layer of the original Transformer-XL on `rel_attention`: same parameters, same numbers."""
+"""The attention layers of the original Transformer-XL on `rel_attention`: same parameters, same numbers.
+
+Deviations from the original, of both layers:
+
+- ``attn_mask=None`` means causal, with all of the memory visible; there it means no mask at all.
+- A query that a mask hides everything from attends to nothing; there its output is NaN.
+- Queries are projected for the segment only: ``qkv_net`` is called on the segment, and the memory goes
+  through the rows of ``qkv_net.weight`` for keys and values. Hooks on ``qkv_net`` do not see the memory.
+
+Masks are those of the original, True or non-zero = hidden: (T, S, 1), (T, S, B), or (S, B) for all queries alike. The
+causal and the ``same_length`` mask are recognised, once per mask object, and not read again. Any other is read by
+every layer. One that lets a query see its future gives what the original's rel-shift gives there, at the price of
+position keys of twice the width, so that D may not exceed 128. Under torch.compile and CUDA graph capture a
+tensor can't be read beforehand and is treated like that: give None for causal.
+
+Legend: B batch, H heads, T segment length, M memory length, S = M + T, P rows of r, D head size, C width.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from txl_kernels.causal_mask import require_causal
 from txl_kernels.functional import rel_attention
+from txl_kernels.layer_mask import visibility
 from txl_kernels.op import autocast_enabled
 
 
-class RelPartialLearnableMultiHeadAttn(nn.Module):
-    """Transformer-XL attention with projections, residual and LayerNorm (Dai et al. 2019, arXiv 1901.02860).
-
-    Stands in for the class of the same name in the original PyTorch code: its checkpoints load, and its
-    models run with the class replaced, or only the class attribute ``forward``. Deviations:
-
-    - ``attn_mask=None`` means causal, with all of the memory visible; there it means no mask at all.
-    - A mask tensor must be the causal mask. It is verified once per object, not read again.
-    - ``dropatt`` > 0 is not supported in training mode.
-    - Queries are projected for the segment only: ``qkv_net`` is called on the segment, and the memory goes
-      through the rows of ``qkv_net.weight`` for keys and values. Hooks on ``qkv_net`` do not see the memory.
-
-    Legend: B batch, H heads, T segment length, M memory length, S = M + T, P rows of r, D head size, C width.
+class _RelMultiHeadAttn(nn.Module):
+    """The parameters of both layers.
 
     Args:
         n_head: Number of heads H.
@@ -33,6 +38,8 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
         mem_len: Accepted as in the original, not used.
         pre_lnorm: Normalise memory and segment before the projections instead of the sum after them.
     """
+
+    _projects_r = False
 
     def __init__(
         self,
@@ -55,7 +62,19 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
         self.dropatt = nn.Dropout(dropatt)
         self.o_net = nn.Linear(n_head * d_head, d_model, bias=False)
         self.layer_norm = nn.LayerNorm(d_model)
-        self.r_net = nn.Linear(d_model, n_head * d_head, bias=False)
+        if self._projects_r:
+            self.r_net = nn.Linear(d_model, n_head * d_head, bias=False)
+
+
+class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
+    """Transformer-XL attention with projections, residual and LayerNorm (Dai et al. 2019, arXiv 1901.02860).
+
+    Stands in for the class of the same name in the original PyTorch code (``attn_type`` 0): its checkpoints load, and
+    its models run with the class replaced, or only the class attribute ``forward``. The top of this module says
+    what differs.
+    """
+
+    _projects_r = True
 
     def forward(
         self,
@@ -74,53 +93,153 @@ class RelPartialLearnableMultiHeadAttn(nn.Module):
                 distance S - 1 - p, rows from S on are not used.
             r_w_bias: The paper's u, (H, D).
             r_r_bias: The paper's v, (H, D).
-            attn_mask: None (causal), or the causal mask (T, S, 1), bool or uint8, True or 1 = hidden.
+            attn_mask: None (causal), or (T, S, 1), (T, S, B) or (S, B), bool or uint8, True or 1 = hidden.
             mems: Memory (M, B, C), or None or a tensor of length 0 for M = 0.
 
         Returns:
             Hidden states (T, B, C).
 
         Raises:
-            ValueError: A shape does not fit, r has fewer than S rows, or attn_mask is not the causal mask.
+            ValueError: A shape does not fit, or r has fewer than S rows.
             TypeError: A dtype does not fit.
-            NotImplementedError: dropatt > 0 in training mode.
-            RuntimeError: attn_mask is a tensor under torch.compile(fullgraph=True) or CUDA graph capture.
         """
-        # Relies on the original's attributes only, to serve modules unpickled as the original class too.
-        if self.dropatt.training and self.dropatt.p > 0:
-            raise NotImplementedError(f"dropatt: expected 0 in training mode, got {self.dropatt.p}")
-        M = 0 if mems is None else len(mems)
-        _check_inputs(w, r, mems, M, self.qkv_net.weight)
-        T, B, _ = w.shape
-        if attn_mask is not None:
-            require_causal(attn_mask, T, M + T)
-
-        H, D = self.n_head, self.d_head
-        segment = self.layer_norm(w) if self.pre_lnorm else w
-        q, kv = self.qkv_net(segment).split([H * D, 2 * H * D], dim=-1)
-        if M:
-            memory = self.layer_norm(mems) if self.pre_lnorm else mems
-            kv = torch.cat([nn.functional.linear(memory, self.qkv_net.weight[H * D :]), kv])
-        q, k, v = (x.unflatten(-1, (H, D)).permute(1, 2, 0, 3) for x in (q, *kv.chunk(2, dim=-1)))
-        r_heads = self.r_net(r).view(-1, H, D).transpose(0, 1)
-        out = rel_attention(q, k, v, r_heads, r_w_bias, r_r_bias, scale=self.scale)
-
-        out = w + self.drop(self.o_net(out.permute(2, 0, 1, 3).reshape(T, B, H * D)))
-        return out if self.pre_lnorm else self.layer_norm(out)
+        C, S = self.qkv_net.weight.shape[1], _kv_len(w, mems)
+        if r.shape[1:] not in ((1, C), (C,)):
+            raise ValueError(f"r: expected (P, 1, d_model) or (P, d_model), d_model = {C}, got {tuple(r.shape)}")
+        if r.shape[0] < S:
+            raise ValueError(f"r: expected P >= S = M + T = {S - w.shape[0]} + {w.shape[0]} rows, got {r.shape[0]}")
+        _check_dtype(self, "r", r)
+        r = self.r_net(r).view(-1, self.n_head, self.d_head).transpose(0, 1)
+        return _attend(self, w, mems, r, r_w_bias, r_r_bias, None, attn_mask)
 
 
-def _check_inputs(w: Tensor, r: Tensor, mems: Tensor | None, M: int, weight: Tensor) -> None:
-    C = weight.shape[1]
+class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
+    """The same with a learned vector and a learned bias for every distance, in place of projected sinusoids.
+
+    Stands in for the class of the same name in the original PyTorch code (``attn_type`` 1), as
+    `RelPartialLearnableMultiHeadAttn` does for its own.
+    """
+
+    def forward(
+        self,
+        w: Tensor,
+        r_emb: Tensor,
+        r_w_bias: Tensor,
+        r_bias: Tensor,
+        attn_mask: Tensor | None = None,
+        mems: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from the segment to memory and segment.
+
+        Args:
+            w: Hidden states of the segment, (T, B, C).
+            r_emb: A vector for each distance, (P, H, D); the last row stands for distance 0, the one before for 1.
+                Distances beyond the first row get that row.
+            r_w_bias: The paper's u, (H, D).
+            r_bias: A number for each distance, (P, H), as r_emb.
+            attn_mask: None (causal), or (T, S, 1), (T, S, B) or (S, B), bool or uint8, True or 1 = hidden.
+            mems: Memory (M, B, C), or None or a tensor of length 0 for M = 0.
+
+        Returns:
+            Hidden states (T, B, C).
+
+        Raises:
+            ValueError: A shape does not fit.
+            TypeError: A dtype does not fit.
+        """
+        H, D, S = self.n_head, self.d_head, _kv_len(w, mems)
+        if r_emb.shape[1:] != (H, D) or not r_emb.shape[0]:
+            raise ValueError(f"r_emb: expected (P, H, D) = (P, {H}, {D}) with P >= 1, got {tuple(r_emb.shape)}")
+        if r_bias.shape != (r_emb.shape[0], H):
+            raise ValueError(f"r_bias: expected (P, H) = ({r_emb.shape[0]}, {H}) as r_emb, got {tuple(r_bias.shape)}")
+        _check_dtype(self, "r_emb", r_emb)
+        r, r_bias = (_last_rows(x, S) for x in (r_emb, r_bias))
+        return _attend(self, w, mems, r.transpose(0, 1), r_w_bias, None, r_bias.t(), attn_mask)
+
+
+# The rest are functions, not methods, and rely on the original's attributes only: each forward also serves as that
+# of the original class.
+
+
+def _attend(
+    layer: nn.Module,
+    w: Tensor,
+    mems: Tensor | None,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor | None,
+    r_bias: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """From hidden states (T, B, C) to hidden states, with r (H, P, D) and r_bias (H, P) for distances S - 1 ... 0."""
+    H, D, weight = layer.n_head, layer.d_head, layer.qkv_net.weight
+    _check_states(layer, w, mems)
+    (T, B, _), S = w.shape, _kv_len(w, mems)
+    visible = visibility(attn_mask, T, S, B)
+
+    segment = layer.layer_norm(w) if layer.pre_lnorm else w
+    q, kv = layer.qkv_net(segment).split([H * D, 2 * H * D], dim=-1)
+    if S > T:
+        memory = layer.layer_norm(mems) if layer.pre_lnorm else mems
+        kv = torch.cat([nn.functional.linear(memory, weight[H * D :]), kv])
+    q, k, v = (x.unflatten(-1, (H, D)).permute(1, 2, 0, 3) for x in (q, *kv.chunk(2, dim=-1)))
+    q_pos = None
+    if visible.future:
+        q_pos, r, r_bias = _wrapped(q, r[:, :S], position_bias, None if r_bias is None else r_bias[:, :S])
+        position_bias = None
+    out = rel_attention(
+        *(q, k, v, r, content_bias, position_bias),
+        is_causal=not visible.future,
+        window=visible.window,
+        attn_mask=visible.attn_mask,
+        dropout_p=layer.dropatt.p if layer.dropatt.training else 0.0,
+        scale=layer.scale,
+        q_pos=q_pos,
+        r_bias=r_bias,
+    )
+    out = w + layer.drop(layer.o_net(out.permute(2, 0, 1, 3).reshape(T, B, H * D)))
+    return out if layer.pre_lnorm else layer.layer_norm(out)
+
+
+def _wrapped(
+    q: Tensor, r: Tensor, position_bias: Tensor | None, r_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The original's position term where the future is visible, as (q_pos, r, r_bias).
+
+    Its rel-shift pads a zero in front of each row of BD and reads on from row to row: distance -1 gets that zero, and
+    farther ahead query i reads what query i + 1 has for the largest distances. So the rows for negative distances are
+    a zero and then r again, seen through a second half of the position query, which is that of query i + 1.
+    """
+    T, D = q.shape[2:]
+    q_pos = q if position_bias is None else (q + position_bias[:, None]).to(q.dtype)
+    q_pos = torch.cat([q_pos, nn.functional.pad(q_pos[:, :, 1:], (0, 0, 0, 1))], dim=-1)
+    r = torch.cat([nn.functional.pad(r, (0, D, 0, 1)), nn.functional.pad(r[:, :T], (D, 0))], dim=1)
+    if r_bias is not None:
+        r_bias = torch.cat([nn.functional.pad(r_bias, (0, 1)), r_bias[:, :T]], dim=1)
+    return q_pos, r, r_bias
+
+
+def _last_rows(x: Tensor, n: int) -> Tensor:
+    """The last n rows of x, the first one repeated in front where there are fewer."""
+    return x[x.shape[0] - n :] if x.shape[0] >= n else torch.cat([x[:1].expand(n - x.shape[0], *x.shape[1:]), x])
+
+
+def _kv_len(w: Tensor, mems: Tensor | None) -> int:
+    return w.shape[0] if mems is None else mems.shape[0] + w.shape[0]
+
+
+def _check_states(layer: nn.Module, w: Tensor, mems: Tensor | None) -> None:
+    C = layer.qkv_net.weight.shape[1]
     if w.ndim != 3 or w.shape[2] != C:
         raise ValueError(f"w: expected (T, B, d_model) with d_model = {C}, got {tuple(w.shape)}")
-    T, B, _ = w.shape
-    if M and mems.shape[1:] != (B, C):
-        raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {C}) as w, got {tuple(mems.shape)}")
-    if r.shape[1:] not in ((1, C), (C,)):
-        raise ValueError(f"r: expected (P, 1, d_model) or (P, d_model), d_model = {C}, got {tuple(r.shape)}")
-    if len(r) < M + T:
-        raise ValueError(f"r: expected P >= S = M + T = {M} + {T} rows, got {len(r)}")
-    if not autocast_enabled(w):
-        for name, x in (("w", w), ("r", r), ("mems", mems if M else None)):
-            if x is not None and x.dtype != weight.dtype:
-                raise TypeError(f"{name}: expected dtype {weight.dtype} (as the parameters), got {x.dtype}")
+    _check_dtype(layer, "w", w)
+    if mems is not None and mems.shape[0]:
+        if mems.shape[1:] != w.shape[1:]:
+            raise ValueError(f"mems: expected (M, B, d_model) = (M, {w.shape[1]}, {C}) as w, got {tuple(mems.shape)}")
+        _check_dtype(layer, "mems", mems)
+
+
+def _check_dtype(layer: nn.Module, name: str, x: Tensor) -> None:
+    dtype = layer.qkv_net.weight.dtype
+    if x.dtype != dtype and not autocast_enabled(x):
+        raise TypeError(f"{name}: expected dtype {dtype} (as the parameters), got {x.dtype}")

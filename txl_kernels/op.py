@@ -12,16 +12,17 @@ import contextlib
 import torch
 from torch import Tensor
 
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
+
 _library = torch.library.Library("txl_kernels", "DEF")
+_INPUTS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in Inputs._fields)
+_OPTIONS = "SymInt left, SymInt right, float scale, SymInt first_distance, float? softcap, float dropout_p, str backend"
+_library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _library.define(
-    "rel_attention(Tensor q, Tensor k, Tensor v, Tensor r, Tensor? content_bias, Tensor? position_bias, "
-    "bool is_causal, float scale, SymInt first_distance, str backend) -> (Tensor out, Tensor lse)"
+    f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool[] needs_grad) -> Tensor[]"
 )
-_library.define(
-    "rel_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor r, "
-    "Tensor? content_bias, Tensor? position_bias, Tensor out, Tensor lse, "
-    "bool is_causal, float scale, SymInt first_distance, str backend, bool[] needs_grad) -> Tensor[]"
-)
+_N_INPUTS, _N_DIFFERENTIABLE = len(Inputs._fields), len(DIFFERENTIABLE)
 
 
 def _backend_module(backend: str):
@@ -55,43 +56,54 @@ def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
+def _lse_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    # The kernels' float32 backward wants it exactly; the torch backend's does not read it.
+    exact = dtype is torch.float64 or (dtype is torch.float32 and backend == "triton")
+    return torch.float64 if exact else torch.float32
 
 
-def _forward(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend):
-    if q.numel() == 0:
-        return _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend)
-    q, k, v, r = map(_unit_last_stride, (q, k, v, r))
+def _normalized(inputs: Inputs) -> Inputs:
+    """What the backends ask for beyond the public contract: unit last strides, four dimensions of r and mask."""
+    q, k, v, r, q_pos = (
+        None if x is None else _unit_last_stride(x) for x in (inputs.q, inputs.k, inputs.v, inputs.r, inputs.q_pos)
+    )
+    r, mask = (x if x is None else x[(None,) * (4 - x.ndim)] for x in (r, inputs.attn_mask))
+    return inputs._replace(q=q, k=k, v=v, r=r, q_pos=q_pos, attn_mask=mask)
+
+
+def _forward(*args):
+    *tensors, left, right, scale, first_distance, softcap, dropout_p, backend = args
+    inputs = Inputs(*tensors)
+    if inputs.q.numel() == 0:
+        return _forward_fake(*args)
     run = _backend_module(backend).forward
-    with _autocast_off(q):
-        return run(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance)
+    with _autocast_off(inputs.q):
+        return run(_normalized(inputs), Options(left, right, scale, first_distance, softcap, dropout_p))
 
 
-def _forward_fake(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, backend):
-    return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+def _forward_fake(q, *args):
+    return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype, args[-1]))
 
 
-def _backward(
-    dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, backend, needs_grad
-):
-    q, k, v, r, dout = map(_unit_last_stride, (q, k, v, r, dout))
-    inputs = (q, k, v, r, content_bias, position_bias)
-    if q.numel() == 0:
-        return [torch.zeros_like(x) for x, needed in zip(inputs, needs_grad, strict=True) if needed]
+def _backward(dout, dlse, *args):
+    tensors, (out, lse, *options, backend, needs_grad) = args[:_N_INPUTS], args[_N_INPUTS:]
+    inputs = Inputs(*tensors)
+    if inputs.q.numel() == 0:
+        return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
     run = _backend_module(backend).backward
-    with _autocast_off(q):
-        grads = run(
-            dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, needs_grad
-        )
-    return [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
+    with _autocast_off(inputs.q):
+        grads = run(_unit_last_stride(dout), dlse, _normalized(inputs), out, lse, Options(*options), needs_grad)
+    return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
-def _backward_fake(
-    dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, is_causal, scale, first_distance, backend, needs_grad
-):
-    inputs = (*map(_unit_last_stride, (q, k, v, r)), content_bias, position_bias)
-    return [torch.empty_like(x) for x, needed in zip(inputs, needs_grad, strict=True) if needed]
+def _backward_fake(dout, dlse, *args):
+    inputs, needs_grad = Inputs(*args[:_N_INPUTS]), args[-1]
+    wanted = _wanted(_normalized(inputs), needs_grad)
+    return [torch.empty_like(x).view(y.shape) for x, y in zip(wanted, _wanted(inputs, needs_grad), strict=True)]
+
+
+def _wanted(tensors, needs_grad: list[bool]) -> list[Tensor]:
+    return [x for x, needed in zip(tensors, needs_grad, strict=False) if needed]
 
 
 class _RelAttention(torch.autograd.Function):
@@ -100,22 +112,21 @@ class _RelAttention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = rel_attention(*args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:6], out, lse)
-        ctx.options = args[6:]
+        ctx.save_for_backward(*args[:_N_INPUTS], out, lse)
+        ctx.options = args[_N_INPUTS:]
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, r, content_bias, position_bias, out, lse = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        needs_grad = list(ctx.needs_input_grad[:6])
-        grads = iter(
-            rel_attention_backward(
-                dout, dlse, q, k, v, r, content_bias, position_bias, out, lse, *ctx.options, needs_grad
-            )
-        )
-        return *(next(grads) if needed else None for needed in needs_grad), None, None, None, None
+        needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad))
+        return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
+
+
+_NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + len(Options._fields) + 1)
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
@@ -137,14 +148,14 @@ def _needs_autograd(tensors) -> bool:
 
 
 def _forward_autograd(*args):
-    if _needs_autograd(args[:6]):
+    if _needs_autograd(args[:_N_DIFFERENTIABLE]):
         return _RelAttention.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return rel_attention(*args)
 
 
 def _backward_autograd(*args):
-    if _needs_autograd(args[:10]):
+    if _needs_autograd(args[: 2 + _N_DIFFERENTIABLE]):
         return list(_NotTwiceDifferentiable.apply(*args))
     with torch._C._AutoDispatchBelowAutograd():
         return rel_attention_backward(*args)

@@ -6,7 +6,25 @@ from unittest import mock
 import torch
 
 from tests.compile.ahead_of_time import Launch, record_launches
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend import launch
+
+
+def _optional(terms: str, B: int, H: int, T: int, S: int, D: int, empty) -> dict:
+    if not terms:
+        return {}
+    changes = {
+        "r_bias": empty(H, S),
+        "attn_mask": empty(B, H, T, S),
+        "segment_scores": empty(B, H, T, 2),
+        "segment_q_ids": empty(B, T, dtype=torch.int32),
+        "segment_k_ids": empty(B, S, dtype=torch.int32),
+        "key_lengths": empty(B, dtype=torch.int64),
+        "seed": empty(dtype=torch.int64),
+    }
+    if terms == "q_pos":
+        changes |= {"position_bias": None, "q_pos": empty(B, H, T, D // 2), "r": empty(1, H, S, D // 2)}
+    return changes
 
 
 @functools.cache
@@ -18,21 +36,27 @@ def launches(
     M: int = 512,
     biases: bool = True,
     H: int = 4,
+    terms: str = "",
 ) -> dict[str, Launch]:
-    """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch."""
+    """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch.
+
+    With terms = "all" every optional term of a score is there, with "q_pos" also a position query of half the width.
+    """
     B, S = 2, M + T
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    q, k, v, r = empty(B, H, T, D), empty(B, H, S, D), empty(B, H, S, D), empty(H, S, D)
+    q, k, v, r = empty(B, H, T, D), empty(B, H, S, D), empty(B, H, S, D), empty(1, H, S, D)
     bias = empty(H, D) if biases else None
-    lse = empty(B, H, T, dtype=torch.float32)
-    options = (True, D**-0.5, S - 1)
+    inputs = Inputs(q, k, v, r, bias, bias)._replace(**_optional(terms, B, H, T, S, D, empty))
+    softcap, dropout_p = (30.0, 0.1) if terms else (None, 0.0)
+    options = Options(-1, 0, D**-0.5, S - 1, softcap, dropout_p)
+    needs_grad = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
 
     def run() -> None:
-        launch.forward(q, k, v, r, bias, bias, *options)
-        launch.backward(q, None, q, k, v, r, bias, bias, q, lse, *options, [True] * 4 + [biases] * 2)
+        out, lse = launch.forward(inputs, options)
+        launch.backward(q, None, inputs, out, lse, options, needs_grad)
 
     with mock.patch.object(launch, "generation_of", return_value=generation):
         return {x.kernel.__name__: x for x in record_launches(run)}

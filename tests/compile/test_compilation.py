@@ -7,7 +7,7 @@ from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_la
 from tests.compile.recorded import launches
 
 KERNELS = ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel", "backward_dr_kernel")
-VECTOR_KERNELS = ("column_kernel", "delta_kernel")
+VECTOR_KERNELS = ("column_kernel", "row_stats_kernel")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -33,6 +33,16 @@ def test_padded_and_largest_head_size(D):
         assert compile_launch(launch, "sm_90").shared_memory <= SHARED_MEMORY_LIMIT["sm_90"], name
 
 
+@pytest.mark.parametrize("terms", ["all", "q_pos"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_optional_terms_compile(target, terms):
+    """Masks, lengths, segments, softcap, dropout and row biases at once, and a position query of its own."""
+    recorded = launches(target, 64, terms=terms)
+    assert set(recorded) >= {*KERNELS, "backward_dmask_kernel", "row_stats_kernel"}
+    for name, launch in recorded.items():
+        assert compile_launch(launch, target).shared_memory <= SHARED_MEMORY_LIMIT[target], name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
@@ -55,6 +65,6 @@ def test_lengths_do_not_compile_variants():
 def test_a_missing_bias_is_a_variant_of_its_own():
     """The counterpart: what must be compiled differently does change the key."""
     with_biases, without = launches("sm_90", 64), launches("sm_90", 64, biases=False)
-    assert set(without) == {*KERNELS, "delta_kernel"}
+    assert set(without) == {*KERNELS, "row_stats_kernel"}
     for name in KERNELS:
         assert specialization_key(with_biases[name]) != specialization_key(without[name])

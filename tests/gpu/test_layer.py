@@ -7,8 +7,8 @@ import torch
 
 from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
 from tests.layer_tools import assert_as_accurate, make_inputs, make_layer, original_mask, run
-from txl_kernels.causal_mask import require_causal
 from txl_kernels.layer import RelPartialLearnableMultiHeadAttn
+from txl_kernels.layer_mask import visibility
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -43,11 +43,10 @@ def test_layers_that_share_a_mask_synchronise_once():
     assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
 
 
-def test_a_mask_under_graph_capture_is_refused_with_advice():
+def test_a_mask_under_graph_capture_serves_as_a_mask():
+    """Its entries cannot be read there, so that the causal mask is not recognised."""
     mask = original_mask(4, 3).cuda()
-    require_causal(mask, 4, 7)
-    with (
-        pytest.raises(RuntimeError, match="attn_mask: expected None, which means causal"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        require_causal(mask, 4, 7)
+    assert visibility(mask, 4, 7, 2).attn_mask is None
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = visibility(mask, 4, 7, 2)
+    assert captured.attn_mask is not None

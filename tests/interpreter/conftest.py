@@ -1,9 +1,12 @@
-"""Fixtures of the interpreter tests: small tiles, so that every edge happens, and poisoned allocations."""
+"""Fixtures of the interpreter tests: small tiles, poisoned allocations and checked accesses."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from txl_kernels.triton_backend import launch
 from txl_kernels.triton_backend.launch_table import Launch
@@ -30,3 +33,40 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
             return x.fill_(float("nan")) if x.is_floating_point() else x
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+def element_addresses(x: torch.Tensor) -> np.ndarray:
+    """The address of every element of x, gaps between its rows left out."""
+    offsets = np.zeros((), np.int64)
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        offsets = offsets[..., None] + np.arange(size) * stride
+    return x.data_ptr() + offsets.ravel() * x.element_size()
+
+
+@pytest.fixture(autouse=True)
+def checked_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a kernel reads or writes an address that is no element of a tensor it was given."""
+    allowed = np.zeros(0, np.int64)
+
+    def bind(executor, args, kwargs, _original=interpreter.GridExecutor._init_args_hst):
+        nonlocal allowed
+        args, kwargs = _original(executor, args, kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        allowed = np.unique(np.concatenate([element_addresses(x) for x in tensors]))
+        return args, kwargs
+
+    def check(pointers, mask):
+        used = pointers.view(np.int64)[mask]
+        place = np.searchsorted(allowed, used).clip(max=len(allowed) - 1)
+        assert np.array_equal(allowed[place], used), "an access outside the tensors of the kernel"
+
+    def load(pointers, mask, other, dtype, _original=interpreter._interpreter.load):
+        check(pointers, mask)
+        return _original(pointers, mask, other, dtype)
+
+    def store(pointers, values, mask, _original=interpreter._interpreter.store):
+        check(pointers, mask)
+        return _original(pointers, values, mask)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", bind)
+    monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(load=load, store=store))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.accuracy import (
-    INPUTS,
     assert_all_close_to_truth,
     assert_close_to_truth,
     make_inputs,
@@ -85,18 +84,6 @@ def test_biases_left_out(biases, use_tiles):
     check({name: x for name, x in inputs.items() if not name.endswith("bias") or name in biases})
 
 
-@pytest.mark.parametrize("name", INPUTS)
-def test_each_gradient_alone(name, use_tiles):
-    use_tiles(16, 16)
-    inputs = make_inputs(1, 2, 21, 9, 16)
-    alone = inputs[name].clone().requires_grad_()
-    together = {n: x.clone().requires_grad_() for n, x in inputs.items()}
-    dout = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1))
-    (got,) = torch.autograd.grad(triton_attention(**(inputs | {name: alone})), [alone], dout)
-    (wanted,) = torch.autograd.grad(triton_attention(**together), [together[name]], dout)
-    assert torch.equal(got, wanted)
-
-
 def test_only_the_log_sum_exp_is_used(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(1, 2, 21, 9, 16)
@@ -112,7 +99,8 @@ def test_only_the_log_sum_exp_is_used(use_tiles):
         gradients(rel_attention_eager, torch.float64),
         gradients(rel_attention_eager, torch.float32),
     )
-    for name, *tensors in zip(INPUTS, gradients(triton_attention, torch.float32), truth, reference, strict=False):
+    names = [name for name in inputs if name != "v"]
+    for name, *tensors in zip(names, gradients(triton_attention, torch.float32), truth, reference, strict=True):
         assert_close_to_truth(name, *tensors, factor=3)
 
 
@@ -151,23 +139,6 @@ def test_last_stride_other_than_one(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(2, 2, 21, 9, 16)
     check(inputs | {n: inputs[n].transpose(-1, -2).contiguous().transpose(-1, -2) for n in ("q", "k", "v", "r")})
-
-
-@pytest.mark.parametrize("layout", ["bhtd", "tbhd"])
-def test_operator_passes_opcheck(layout, use_tiles):
-    """Among others: real and fake kernels agree on shapes, dtypes and strides, forward and backward."""
-    use_tiles(16, 16)
-    inputs = make_inputs(2, 2, 5, 3, 16, layout=layout)
-    inputs["content_bias"] = inputs["content_bias"].t().contiguous().t()
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    operator = torch.ops.txl_kernels.rel_attention.default
-    results = torch.library.opcheck(operator, (*leaves, True, 0.25, 7, "triton"))
-    assert set(results.values()) == {"SUCCESS"}
-    out, lse = operator(*leaves, True, 0.25, 7, "triton")
-    backward = torch.ops.txl_kernels.rel_attention_backward.default
-    saved = [x.detach() for x in (out, lse, *leaves, out, lse)]
-    results = torch.library.opcheck(backward, (*saved, True, 0.25, 7, "triton", [True] * 6))
-    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_biases_of_any_strides(use_tiles):

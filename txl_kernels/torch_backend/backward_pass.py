@@ -1,106 +1,116 @@
 """The backward pass of the torch backend."""
 
-from itertools import product
-
 import torch
 from torch import Tensor
 
-from txl_kernels.torch_backend.tiles import Group, Tile, compute_dtype, plan, spans
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
+from txl_kernels.torch_backend.terms import part
+from txl_kernels.torch_backend.tiles import Tile, compute_dtype, groups, spans
 
 
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
+    inputs: Inputs,
     out: Tensor,
     lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    first_distance: int,
+    options: Options,
     needs_grad: list[bool],
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """Gradients of forward by recomputation, a tile at a time.
 
     With P = softmax(scores): dS = P * (dP - rowsum(P * dP) + dlse), and dS in raw coordinates is to r what dS is
-    to k. Neither out nor lse is read: a softmax of the tile costs less than exp(scores - lse), and the row sum of
-    P * dP has none of the rounding of a 16-bit out.
+    to k. Of out and lse only the -inf of queries without a key is read: a softmax of the tile costs less than
+    exp(scores - lse), and the row sum of P * dP has none of the rounding of a 16-bit out.
 
     Args:
         dout: (B, H, T, D), any strides.
         dlse: (B, H, T), any strides, or None for zero.
-        q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance: as for forward.
+        inputs, options: as for forward.
         out, lse: what forward returned.
-        needs_grad: which of the six inputs want a gradient.
+        needs_grad: which of the differentiable inputs want a gradient.
 
     Returns:
-        Six gradients in the order of needs_grad, None where not wanted.
+        Their gradients, None where not wanted.
     """
-    inputs = (q, k, v, r, content_bias, position_bias)
-    needs_q, needs_k, needs_v, needs_r, needs_content, needs_position = needs_grad
-    only_v = needs_v and sum(needs_grad) == 1
-    dq, dk, dv, *_ = grads = [
-        torch.empty_like(x) if needed else None for x, needed in zip(inputs, needs_grad, strict=True)
-    ]
-    B, H, T, D = q.shape
-    size = plan(B, H, T, k.shape[2])
-    # What every batch adds to stays in the compute dtype until the end.
-    dr, dcontent, dposition = sums = [
-        x.new_zeros(x.shape, dtype=compute_dtype(q.dtype)) if needed else None
-        for x, needed in zip(inputs[3:], needs_grad[3:], strict=True)
-    ]
-    for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
-        group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
-        b, h, S, _ = group.k.shape
-        # The last queries see every key: their products initialise dk and dv.
-        new = group.k.new_empty if T else group.k.new_zeros
-        dk_lanes, dv_lanes = (new((b * h, S, D)) if needed else None for needed in needs_grad[1:3])
-        for rows in reversed(list(spans(T, size.rows))):
+    wanted = {name: x for name, x, needed in zip(DIFFERENTIABLE, inputs, needs_grad, strict=False) if needed}
+    T, S = inputs.q.shape[2], inputs.k.shape[2]
+    dtype, scale = compute_dtype(inputs.q.dtype), options.scale
+    # q, q_pos, k and v are done with one group; what several add to stays in the compute dtype until the end.
+    own = {name: torch.empty_like(x) for name, x in wanted.items() if name in ("q", "k", "v", "q_pos")}
+    totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in wanted.items() if name not in own}
+    only_v = wanted.keys() == {"v"}
+    from_position = {"q" if inputs.q_pos is None else "q_pos", "position_bias"} & wanted.keys()
+    if inputs.r is None:
+        from_position = set()
+
+    for group in groups(inputs, options):
+        batches, heads, kv_heads = group.batches, group.heads, group.kv_heads
+        dkv: dict[str, Tensor] = {}
+        for rows in reversed(list(spans(T, group.size.rows))):
             tile = Tile(group, rows)
+            b, h, t, D = tile.q_content.shape
+            # The last queries see every key, unless some are hidden: their products initialise dk and dv.
+            first = rows.stop == T and tile.n == S
+            if rows.stop == T:
+                new = torch.empty if first else torch.zeros
+                shape = b, tile.k.shape[1], S, D
+                dkv = {name: new(shape, dtype=dtype, device=dout.device).flatten(0, 1) for name in "kv" if name in own}
             p = tile.scores()
             torch.softmax(p, -1, out=p)
-            dout_lanes = dout[batches, heads, rows].to(p.dtype).flatten(0, 1).contiguous()
-            if needs_v:
-                _add_product(dv_lanes[:, : tile.n], p.mT, dout_lanes, first=rows.stop == T)
+            dout_lanes = dout[tile.where].to(dtype)
+            dlse_lanes = None if dlse is None else dlse[tile.where]
+            if group.may_be_dead:
+                dead = lse[tile.where] == -torch.inf
+                p.masked_fill_(dead.view(*p.shape[:2], 1), 0.0)
+                dout_lanes = dout_lanes.masked_fill(dead[..., None], 0.0)
+                dlse_lanes = None if dlse is None else dlse_lanes.masked_fill(dead, 0.0)
+            dout_lanes = tile.lanes(dout_lanes).contiguous()
+            if tile.dropout_scale != 1:
+                dout_lanes = dout_lanes * tile.dropout_scale
+            if "v" in own:
+                weights = tile.drop(p.clone()) if options.dropout_p else p
+                _add_product(dkv["v"][:, tile.keys], weights.mT, dout_lanes, first)
             if only_v:
                 continue
 
-            ds = torch.bmm(dout_lanes, tile.v.flatten(0, 1).mT)
+            ds = tile.drop(torch.bmm(dout_lanes, tile.lanes(tile.v).mT))
             torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
-                ds.addcmul_(p, dlse[batches, heads, rows].flatten(0, 1)[..., None])
+                ds.addcmul_(p, dlse_lanes.reshape(*p.shape[:2], 1))
+            tile.through_terms(ds, totals)
 
-            if needs_k:
-                _add_product(dk_lanes[:, : tile.n], ds.mT, tile.q_content.flatten(0, 1), first=rows.stop == T)
-            if needs_q or needs_content:
-                dq_content = torch.bmm(ds, tile.k.flatten(0, 1)).view(b, h, -1, D)
-            if needs_content:
-                dcontent[heads] += dq_content.sum((0, 2))
+            if "k" in own:
+                _add_product(dkv["k"][:, tile.keys], ds.mT, tile.lanes(tile.q_content), first)
+            if "q" in own or "content_bias" in totals:
+                dq = torch.bmm(ds, tile.lanes(tile.k)).view(b, h, t, -1)
+            if "content_bias" in totals:
+                totals["content_bias"][heads] += dq.sum((0, 2))
 
-            if needs_q or needs_r or needs_position:
+            if from_position or "r" in totals or "r_bias" in totals:
                 ds_raw = tile.to_raw(ds)
-            if needs_r:
-                _add_product(dr[heads, tile.r_rows], ds_raw.mT, tile.q_position)
-            if needs_q or needs_position:
-                dq_position = torch.bmm(ds_raw, tile.r).view(h, -1, b, D).permute(2, 0, 1, 3)
-            if needs_position:
-                dposition[heads] += dq_position.sum((0, 2))
+            if "r" in totals:
+                total = part(totals["r"], batches, heads)[0, :, tile.r_rows]
+                _add_product(total, ds_raw.reshape(*tile.q_position.shape[:2], -1).mT, tile.q_position)
+            if "r_bias" in totals:
+                totals["r_bias"][heads, tile.r_rows] += ds_raw.sum(1)
+            if from_position:
+                dq_position = torch.bmm(ds_raw, tile.r.expand(h, -1, -1)).view(h, t, b, -1).permute(2, 0, 1, 3)
+            if "position_bias" in totals:
+                totals["position_bias"][heads] += dq_position.sum((0, 2))
 
-            if needs_q:
-                dq[batches, heads, rows] = (dq_content + dq_position).mul_(scale)
-        for grad, lanes in ((dk, dk_lanes), (dv, dv_lanes)):
-            if grad is not None:
-                grad[batches, heads] = lanes.view(group.k.shape)
+            if "q" in own:
+                own["q"][tile.where] = (dq + dq_position if "q" in from_position else dq).mul_(scale)
+            if "q_pos" in own:
+                own["q_pos"][tile.where] = dq_position.mul_(scale)
+        for name, lanes in dkv.items():
+            own[name][batches, kv_heads] = lanes.unflatten(0, (b, -1))
 
     # q_content and q_position carry the scale into dk and dr; what multiplies k and r still lacks it.
-    for grad, total, factor in zip(grads[3:], sums, (1.0, scale, scale), strict=True):
-        if grad is not None:
-            grad.copy_(total.mul_(factor))
-    return tuple(grads)
+    for name in totals.keys() & {"content_bias", "position_bias", "r_bias"}:
+        totals[name] *= scale
+    grads = own | {name: total.to(wanted[name].dtype) for name, total in totals.items()}
+    return [grads.get(name) for name in DIFFERENTIABLE]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:

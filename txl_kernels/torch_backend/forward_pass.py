@@ -1,53 +1,34 @@
 """The forward pass of the torch backend."""
 
-from itertools import product
-
 import torch
 from torch import Tensor
 
+from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import tiles
-from txl_kernels.torch_backend.tiles import Group, Tile, compute_dtype, plan, spans
+from txl_kernels.torch_backend.terms import needed
+from txl_kernels.torch_backend.tiles import Tile, compute_dtype, groups, spans
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    first_distance: int,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Relative attention (Dai et al. 2019, arXiv 1901.02860) by tiles of queries; arguments as validated.
-
-    Args:
-        q: (B, H, T, D).
-        k, v: (B, H, S, D).
-        r: (H, P, D).
-        content_bias, position_bias: (H, D) or None.
-        is_causal, scale, first_distance: as in rel_attention.
 
     Returns:
         out (B, H, T, D), laid out as q, and lse (B, H, T) in float32 (float64 for float64 inputs).
     """
-    B, H, T, _ = q.shape
-    S, P = k.shape[2], r.shape[1]
-    first_row = first_distance - (S - T)
-    if T == 1 and 0 <= first_row <= P - S and q.device.type == "cpu" and q.dtype == compute_dtype(q.dtype):
-        return _one_query(q, k, v, r[:, first_row : first_row + S], content_bias, position_bias, scale)
+    q = inputs.q
+    (B, H, T, _), Hk = q.shape, inputs.k.shape[1]
+    plain = q.device.type == "cpu" and not needed(inputs, options)
+    if T == 1 and plain and (result := _one_query(inputs, options)) is not None:
+        return result
 
-    inputs = (q, k, v, r, content_bias, position_bias)
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
-    attend = _attend_fused if q.device.type == "cpu" and T < tiles.MANY_ROWS else _attend
-    size = plan(B, H, T, S)
-    for heads, batches in product(spans(H, size.heads), spans(B, size.batches)):
-        group = Group(inputs, batches, heads, size, is_causal, scale, first_distance)
-        for rows in spans(T, size.rows):
-            out[batches, heads, rows], lse[batches, heads, rows] = attend(Tile(group, rows))
+    attend = _attend_fused if plain and Hk == H and T < tiles.MANY_ROWS else _attend
+    for group in groups(inputs, options):
+        for rows in spans(T, group.size.rows):
+            tile = Tile(group, rows)
+            out[tile.where], lse[tile.where] = attend(tile) if tile.n else (0.0, -torch.inf)
     return out, lse
 
 
@@ -56,28 +37,47 @@ def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
     p = tile.scores()
     row_max = p.amax(-1)
     torch.softmax(p, -1, out=p)
-    shape = tile.q_content.shape
     # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
-    return torch.bmm(p, tile.v.flatten(0, 1)).view(shape), (row_max - p.amax(-1).log_()).view(shape[:3])
+    lse = row_max - p.amax(-1).log_()
+    if tile.group.may_be_dead:
+        dead = row_max == -torch.inf
+        p.masked_fill_(dead[..., None], 0.0)
+        lse.masked_fill_(dead, -torch.inf)
+    out = torch.bmm(tile.drop(p), tile.lanes(tile.v))
+    if tile.dropout_scale != 1:
+        out *= tile.dropout_scale
+    shape = tile.q_content.shape
+    return out.view(shape), lse.view(shape[:3])
 
 
 def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
-    """As _attend, by PyTorch's fused CPU attention with the position term as its mask."""
+    """As _attend, by PyTorch's fused CPU attention with the position term as its mask; one query head per key head."""
     return _fused(tile.q_content, tile.k, tile.v, attn_mask=tile.position_scores(), scale=1.0)
 
 
-def _one_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """forward for T = 1 (generation), where row j of r (H, S, D) belongs to key j and every key is visible."""
-    q_content = q if content_bias is None else q + content_bias[:, None]
-    q_position = q if position_bias is None else q + position_bias[:, None]
-    bd = torch.bmm((q_position[:, :, 0] * scale).transpose(0, 1), r.mT)
-    out, lse = _fused(q_content, k, v, attn_mask=bd.transpose(0, 1)[:, :, None], scale=scale)
-    return torch.empty_like(q).copy_(out), lse.contiguous()
+def _one_query(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | None:
+    """forward for T = 1 (generation) without tiles, or None where it would not do.
+
+    The visible keys need one row of r each, shared by the batch, and nothing but a window may hide keys.
+    """
+    q, k, v, r = inputs[:4]
+    (B, H, _, D), (Hk, S), P = q.shape, k.shape[1:3], inputs.rows
+    first = max(S - 1 - options.left, 0) if options.left >= 0 else 0
+    row, n = options.first_distance - (S - 1) + first, S - first
+    shared_by_batch = r is not None and r.shape[0] == 1
+    if not (shared_by_batch and 0 <= row <= P - n and q.dtype == compute_dtype(q.dtype)):
+        return None
+    if inputs.r_bias is not None or inputs.key_lengths is not None:
+        return None
+
+    def plus(queries: Tensor, bias: Tensor | None) -> Tensor:
+        return queries if bias is None else queries + bias[:, None]
+
+    grouped = B, Hk, H // Hk, D  # query heads of one key head as the queries of one head
+    q_content = plus(q, inputs.content_bias).to(q.dtype).view(grouped)
+    q_position = plus(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias)
+    rows = r[0, :, row : row + n].expand(H, -1, -1)
+    bd = torch.bmm((q_position[:, :, 0] * options.scale).transpose(0, 1), rows.mT)
+    mask = bd.transpose(0, 1).view(B, Hk, -1, n)
+    out, lse = _fused(q_content, k[:, :, first:], v[:, :, first:], attn_mask=mask, scale=options.scale)
+    return torch.empty_like(q).copy_(out.view(q.shape)), lse.reshape(B, H, 1).contiguous()

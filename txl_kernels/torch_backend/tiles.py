@@ -1,14 +1,16 @@
 """Tiles of relative-attention scores, shared by the forward and the backward pass of the torch backend.
 
 A group is a set of (batch, head) lanes that go through one matrix product together; within it the queries are cut
-into tiles. The scores of one tile are the largest thing that is ever allocated.
+into tiles. The scores of one tile are the largest thing that is ever allocated. A tile has only the keys that the
+window and the key lengths leave to its queries.
 
 The rel-shift costs no arithmetic. The position term of a tile with t queries and n keys is one matrix product
 with the tile's band of r, in raw coordinates: query ii finds key jj in column jj - ii + t - 1. With rows that
-advance by one element less, the same memory reads as (ii, jj). In raw coordinates the causal edge is a straight
-line, column n: hiding the future is one rectangular fill, and no column beyond it is ever computed.
+advance by one element less, the same memory reads as (ii, jj). A raw column is a distance, so the edges of a window
+(the causal one included) are columns: what lies beyond is one rectangular fill and is never computed.
 
-In shapes, b and h are the batches and heads of a group, t, n and p the queries, keys and rows of r of a tile.
+In shapes, b and h are the batches and heads of a group, t, n and p the queries, keys and rows of r of a tile. Query
+heads that share a key head are rows of one product: there are l = b * hk lanes with m = h / hk * t rows each.
 """
 
 from collections.abc import Iterator
@@ -17,12 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+from txl_kernels.arguments import Inputs, Options
+from txl_kernels.torch_backend import terms
+from txl_kernels.torch_backend.terms import Terms, part
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
 # smaller ones starve the matrix products.
 TILE_SCORES = 1 << 20
 MAX_ROWS = 256
+# A window of w keys makes tiles of t rows t + w keys wide: fewer rows waste less, down to this many.
+WINDOW_ROWS = 128
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
 MANY_ROWS = 64
@@ -31,23 +37,48 @@ ALIGNMENT = 16
 
 
 class Plan(NamedTuple):
-    """Lanes of a group, batches x heads, and query rows of its tiles."""
+    """Lanes of a group, batches x heads, query rows of its tiles, and the most keys that a tile has."""
 
     batches: int
     heads: int
     rows: int
+    keys: int
 
 
-def plan(B: int, H: int, T: int, S: int) -> Plan:
-    """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one lane at least.
+def plan(B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | None = None) -> Plan:
+    """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one key head at least.
 
     Batches come first: they share r, so that the position term of all is one product.
+
+    Args:
+        B: most batches in a group.
+        H, T, S: query heads, queries and keys of the problem.
+        heads_per_key: query heads for each key head; a group has all of them.
+        window: left + right, or None where one of them is unlimited.
     """
-    most_rows = max(1, min(MAX_ROWS, TILE_SCORES // max(S, 1)))
+    most_rows, widest = MAX_ROWS, S
+    if window is not None:
+        most_rows = min(MAX_ROWS, max(WINDOW_ROWS, window // 2))
+        widest = min(S, window + most_rows)
+    most_rows = max(1, min(most_rows, TILE_SCORES // max(widest * heads_per_key, 1)))
     rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
-    lanes = max(1, TILE_SCORES // max(rows * S, 1))
+    keys = S if window is None else min(S, window + rows)
+    lanes = max(1, TILE_SCORES // max(rows * keys * heads_per_key, 1))
     batches = max(1, min(B, lanes))
-    return Plan(batches, max(1, min(H, lanes // batches)), rows)
+    return Plan(batches, heads_per_key * max(1, min(H // heads_per_key, lanes // batches)), rows, keys)
+
+
+def groups(inputs: Inputs, options: Options) -> Iterator["Group"]:
+    """The groups of a problem."""
+    (B, H, T, _), (Hk, S) = inputs.q.shape, inputs.k.shape[1:3]
+    # Lanes of a group share r and the number of keys.
+    batched_r = inputs.r is not None and inputs.r.shape[0] > 1
+    alone = batched_r or (inputs.key_lengths is not None and terms.lengths_on_host(inputs))
+    window = options.left + options.right if min(options.left, options.right) >= 0 else None
+    size = plan(1 if alone else B, H, T, S, H // Hk, window)
+    for heads in spans(H, size.heads):
+        for batches in spans(B, size.batches):
+            yield Group(inputs, options, batches, heads, size)
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -64,92 +95,152 @@ class Group:
     """Some (batch, head) lanes: their inputs in the compute dtype, and the buffer that their tiles share.
 
     Attributes:
-        k, v: (b, h, S, D); views where the inputs have the compute dtype.
-        r: (h, P, D).
+        batches, heads, kv_heads: which lanes these are.
+        n_keys: the number of keys that some lane has.
+        k, v: (b, hk, n_keys, D); views where the inputs have the compute dtype.
+        r: (1|h, P, Dr), or None.
+        r_bias: scale * r_bias, (h, 1, P), or None.
         q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
+        may_be_dead: whether a query may see no key of a tile that has some.
     """
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        batches: slice,
-        heads: slice,
-        size: Plan,
-        is_causal: bool,
-        scale: float,
-        first_distance: int,
-    ) -> None:
-        q, k, v, r, content_bias, position_bias = inputs
-        self.is_causal, self.first_distance = is_causal, first_distance
-        self.memory = k.shape[2] - q.shape[2]
+    def __init__(self, inputs: Inputs, options: Options, batches: slice, heads: slice, size: Plan) -> None:
+        q, scale = inputs.q, options.scale
+        self.inputs, self.options, self.size = inputs, options, size
+        self.batches, self.heads = batches, heads
+        T, S = q.shape[2], inputs.k.shape[2]
+        self.heads_per_key = q.shape[1] // inputs.k.shape[1]
+        self.kv_heads = slice(heads.start // self.heads_per_key, heads.stop // self.heads_per_key)
+        self.memory, self.n_keys = S - T, S
         dtype = compute_dtype(q.dtype)
-        self.k, self.v, self.r = k[batches, heads].to(dtype), v[batches, heads].to(dtype), r[heads].to(dtype)
-        if q.shape[2] >= MANY_ROWS:  # products want lanes at equal distances: else one copy, not one for each tile
+
+        lengths, on_host = inputs.key_lengths, terms.lengths_on_host(inputs)
+        if lengths is not None and on_host:
+            self.n_keys = min(max(int(lengths[batches].max()), 0), S)
+        self.k, self.v = (x[batches, self.kv_heads, : self.n_keys].to(dtype) for x in (inputs.k, inputs.v))
+        if not on_host:  # what lies beyond may be NaN, which a weight of zero does not remove
+            beyond = terms.beyond_lengths(inputs, batches, heads, slice(0, T), slice(0, S))[:, None, :, None]
+            self.k, self.v = self.k.masked_fill(beyond, 0.0), self.v.masked_fill(beyond, 0.0)
+        if T >= MANY_ROWS:  # products want lanes at equal distances: else one copy, not one for each tile
             self.k, self.v = (x.flatten(0, 1).view(x.shape) for x in (self.k, self.v))
-        queries = q[batches, heads].permute(1, 2, 0, 3).to(dtype)
-        self.q_content, self.q_position = (
-            _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale)
-            for bias in (content_bias, position_bias)
-        )
-        b, h, S, _ = self.k.shape
-        self.raw = self.k.new_empty(b * h * size.rows * _aligned(S + size.rows - 1))
+        self.has_terms = terms.needed(inputs, options)
+        self.may_be_dead = inputs.attn_mask is not None or (lengths is not None and (options.left >= 0 or not on_host))
+
+        def scaled_sum(queries: Tensor, bias: Tensor | None) -> Tensor:
+            queries = queries[batches, heads].permute(1, 2, 0, 3).to(dtype)
+            return _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale)
+
+        self.q_content, self.q_position, self.r = scaled_sum(q, inputs.content_bias), None, None
+        if inputs.r is not None:
+            self.q_position = scaled_sum(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias)
+            self.r = part(inputs.r, batches, heads)[0].to(dtype)
+        self.r_bias = None if inputs.r_bias is None else inputs.r_bias[heads, None].to(dtype) * scale
+        b, h = batches.stop - batches.start, heads.stop - heads.start
+        self.raw = self.k.new_empty(b * h * size.rows * _aligned(size.keys + size.rows - 1))
 
 
 class Tile:
     """Query rows of a group, t of them, against the n keys that at least one of them sees.
 
     Attributes:
-        n: the number of keys.
-        k, v: those keys and values, (b, h, n, D).
+        group: whose tile this is.
+        where: the slices of batches, heads and queries.
+        keys: the slice of keys, n of them.
+        k, v: those keys and values, (b, hk, n, D).
         q_content: (b, h, t, D).
-        q_position: (h, t * b, D).
-        r: the rows of r that the tile uses, (h, p, D).
+        q_position: (1|h, t * b, Dr), 1 where all heads share r, or None.
+        r: the rows of r that the tile uses, (1|h, p, Dr), or None.
         r_rows: which rows these are.
     """
 
     def __init__(self, group: Group, rows: slice) -> None:
-        h, _, b, _ = group.q_position.shape
+        left, right = group.options.left, group.options.right
+        h, _, b, _ = group.q_content.shape
         t = rows.stop - rows.start
-        self.n = n = group.memory + rows.stop if group.is_causal else group.k.shape[2]
-        self.k, self.v = group.k[:, :, :n], group.v[:, :, :n]
+        first = rows.start + group.memory - left if left >= 0 else 0
+        stop = min(group.n_keys, rows.stop + group.memory + right) if right >= 0 else group.n_keys
+        self.group, self.where = group, (group.batches, group.heads, rows)
+        self.keys = keys = slice(min(max(first, 0), stop), stop)
+        self.n = n = keys.stop - keys.start
+        self._n_lanes = b * h // group.heads_per_key
+        self.k, self.v = group.k[:, :, keys], group.v[:, :, keys]
         self.q_content = group.q_content[:, rows].permute(2, 0, 1, 3)
-        self.q_position = group.q_position[:, rows].flatten(1, 2)
 
         pitch = _aligned(n + t - 1)
         self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
         self._shifted = self._raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), t - 1)
 
-        # Raw column x belongs to row first_row + x of r, which need not exist.
-        first_row = group.first_distance - group.memory - (rows.stop - 1)
-        columns = n if group.is_causal else n + t - 1
-        begin = min(max(-first_row, 0), columns)
-        end = max(min(group.r.shape[1] - first_row, columns), begin)
-        self.r_rows = slice(first_row + begin, first_row + end)
-        self.r = group.r[:, self.r_rows]
-        self._band = self._raw[..., begin:end]
-        self._without_row = (self._raw[..., :begin], self._raw[..., end:columns])
-        self._before_keys, self._beyond_keys = self._raw[..., : t - 1], self._raw[..., n:]
-        self._is_causal = group.is_causal
+        # Raw column x holds distance `farthest - x`; from `nearest` on and before `start` all are hidden.
+        columns = n + t - 1
+        farthest = rows.stop - 1 + group.memory - keys.start
+        start = min(max(farthest - left, 0), columns) if left >= 0 else 0
+        end = max(min(farthest + right + 1, columns), start) if right >= 0 else columns
+        # It belongs to row first_row + x of r, which need not exist.
+        first_row = group.options.first_distance - farthest
+        begin = min(max(-first_row, start), end)
+        stop = max(min(group.inputs.rows - first_row, end), begin)
+        self.r_rows = slice(first_row + begin, first_row + stop)
+        self._band = self._raw[..., begin:stop]
+        self._hidden = [x for x in (self._raw[..., :start], self._raw[..., end:columns]) if x.shape[-1]]
+        self._without_row = [x for x in (self._raw[..., start:begin], self._raw[..., stop:end]) if x.shape[-1]]
+        self._beside_keys = [x for x in (self._raw[..., : t - 1], self._raw[..., n:end]) if x.shape[-1]]
+        self.r = self.q_position = None
+        if group.r is not None:
+            lanes = group.r.shape[0]
+            self.r = group.r[:, self.r_rows]
+            self.q_position = group.q_position[:, rows].reshape(lanes, -1, group.r.shape[2])
+            self._product = self._raw.view(lanes, -1, pitch)[..., begin:stop]
+        self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
+
+    @property
+    def dropout_scale(self) -> float:
+        """What the weights that survive dropout are multiplied by."""
+        return 1.0 if self._terms is None else self._terms.dropout_scale
 
     def position_scores(self) -> Tensor:
-        """scale * BD, -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
-        if self._is_causal:
-            self._beyond_keys.fill_(-torch.inf)
-        torch.bmm(self.q_position, self.r.mT, out=self._band)
+        """scale * (BD + r_bias), -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
+        for columns in self._hidden:
+            columns.fill_(-torch.inf)
+        if self.r is not None:
+            torch.bmm(self.q_position, self.r.mT, out=self._product)
+        if self.group.r_bias is not None:
+            bias = self.group.r_bias[..., self.r_rows]
+            self._band.copy_(bias) if self.r is None else self._band.add_(bias)
         for columns in self._without_row:
             columns.zero_()
         return self._shifted
 
     def scores(self) -> Tensor:
-        """scale * (AC + BD), -inf where hidden: (b * h, t, n)."""
-        scores = self.position_scores().contiguous().flatten(0, 1)
-        return torch.baddbmm(scores, self.q_content.flatten(0, 1), self.k.flatten(0, 1).mT, out=scores)
+        """The scores with every term, -inf where hidden: (l, m, n)."""
+        scores = self.position_scores().contiguous()
+        lanes = self.lanes(scores)
+        torch.baddbmm(lanes, self.lanes(self.q_content), self.lanes(self.k).mT, out=lanes)
+        if self._terms is not None:
+            self._terms.finish(scores)
+        return lanes
+
+    def lanes(self, x: Tensor) -> Tensor:
+        """x (b, h, t, any) as (l, m, any), or (b, hk, n, any) as (l, n, any)."""
+        b, h, n, width = x.shape
+        return (
+            x.flatten(0, 1) if b * h == self._n_lanes else x.reshape(self._n_lanes, b * h * n // self._n_lanes, width)
+        )
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x (l, m, n) with zeros where dropout strikes, in place."""
+        if self.group.options.dropout_p:
+            self._terms.drop(x.view(self._shifted.shape))
+        return x
+
+    def through_terms(self, dscores: Tensor, totals: dict[str, Tensor]) -> None:
+        """Terms.backward of dscores (l, m, n)."""
+        if self._terms is not None:
+            self._terms.backward(dscores.view(self._shifted.shape), totals)
 
     def to_raw(self, dscores: Tensor) -> Tensor:
-        """Moves dscores (b * h, t, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
-        self._before_keys.zero_()
-        if not self._is_causal:
-            self._beyond_keys.zero_()
+        """Moves dscores (l, m, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
+        for columns in self._beside_keys:
+            columns.zero_()
         self._shifted.copy_(dscores.view(self._shifted.shape))
         return self._band
 

@@ -5,17 +5,20 @@ import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
     block_of,
+    edge_tile,
     head_pointer,
-    load_column,
+    key_count,
     load_query,
     load_row_stats,
     load_rows,
+    position_block,
+    r_table,
     rotate_down,
+    row_stats,
     select_block,
-    softmax_gradient,
     store_rows,
-    visible_mask,
 )
+from txl_kernels.triton_backend.scores import gradients, score_terms
 
 
 @triton.jit
@@ -26,48 +29,58 @@ def _dkv_tile(
     k,
     v,
     q_matrix,
+    q_pos_matrix,
     do_matrix,
-    r_matrix,
+    table,
+    terms,
     u_ptr,
-    column_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats,
     h,
     offs_m,
     offs_n,
     row0,
-    S,
-    reach,
+    bounds,
     scale,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile of queries, its scores transposed so that they are the left operands of dK and dV."""
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q_position = q
+    if q_pos_matrix is not None:
+        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
     # (N, D) x (D, M) -> (N, M): content, and position once for every block of r that the tile touches
     ac = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     raw = ()
     for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
         rows = row0 - g * BLOCK_N + tl.arange(0, BLOCK_N)
-        r = load_rows(r_matrix, rows, D, BLOCK_D)
-        block = tl.dot(r, tl.trans(q), input_precision=PRECISION)
-        if column_ptr is not None:
-            block += load_column(column_ptr, rows, r_matrix[2])[:, None]
-        raw = raw + (block,)
+        raw = raw + (position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION, TRANSPOSED=True),)
     e = block_of(tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None], BLOCK_N)
     bd = rotate_down(select_block(raw, e), BLOCK_M, BLOCK_N)
-    s = (ac + bd) * scale
-    if MASKED:
-        s = tl.where(visible_mask(offs_m[None, :], offs_n[:, None], S, reach), s, float("-inf"))
-    lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
+    lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], q.dtype)
+    p, _, ds = gradients(
+        ac + bd,
+        dp,
+        lse[None, :],
+        rest[None, :],
+        delta[None, :],
+        terms,
+        offs_m[None, :],
+        offs_n[:, None],
+        bounds,
+        scale,
+        q.dtype,
+        MASKED,
+    )
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -76,10 +89,12 @@ def _dkv_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "do_ptr", "lse_ptr", "delta_ptr",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
         "dk_ptr", "dv_ptr", "du_ptr", "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh",
-        "stride_rh", "stride_dob", "stride_doh", "stride_dkb", "stride_dkh", "stride_dvb", "stride_dvh",
-        "H", "T", "S", "P", "rel_offset", "reach",
+        "stride_rb", "stride_rh", "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm",
+        "stride_dob", "stride_doh", "stride_dkb", "stride_dkh", "stride_dvb", "stride_dvh",
+        "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
 )  # fmt: skip
 def backward_dkv_kernel(
@@ -89,8 +104,16 @@ def backward_dkv_kernel(
     r_ptr,
     u_ptr,
     column_ptr,
+    q_pos_ptr,
+    segment_ptr,
+    q_ids_ptr,
+    k_ids_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
     do_ptr,
     lse_ptr,
+    rest_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -104,8 +127,17 @@ def backward_dkv_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_rb,
     stride_rh,
     stride_rp,
+    stride_cb,
+    stride_pb,
+    stride_ph,
+    stride_pm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     stride_dob,
     stride_doh,
     stride_dom,
@@ -116,45 +148,58 @@ def backward_dkv_kernel(
     stride_dvh,
     stride_dvn,
     H,
+    group,
     T,
     S,
     P,
     rel_offset,
+    begin,
     reach,
     scale,
+    softcap,
+    keep_below,
+    keep_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one head. Grid: (key tiles * B * H,), the keys with the most queries first.
+    """dk and dv of BLOCK_N keys, from one query head. Grid: (key tiles * B * H,), the keys with most queries first.
 
-    dv_j = sum_i p[i, j] do_i and dk_j = scale sum_i ds[i, j] (q_i + u). The column sums of ds give this tile's
-    share of du = scale sum_{b, j} (sum_i ds[i, j]) k_j, stored in du (B, H, key tiles, D) in float32.
+    dv_j = sum_i p[i, j] do_i and dk_j = scale sum_i ds[i, j] (q_i + u), (B, H, S, D). The column sums of ds give this
+    tile's share of du = scale sum_{b, j} (sum_i ds[i, j]) k_j, stored in du (B, H, key tiles, D) in float32.
     """
-    n_tiles = tl.cdiv(S, BLOCK_N)
+    n_key_tiles = tl.cdiv(S, BLOCK_N)
     pid = tl.program_id(0)
-    tile = pid % n_tiles
-    j0 = tile * BLOCK_N
-    bh = (pid // n_tiles).to(tl.int64)
+    key_tile = pid % n_key_tiles
+    j0 = key_tile * BLOCK_N
+    bh = (pid // n_key_tiles).to(tl.int64)
     b = bh // H
     h = bh % H
 
+    keys = key_count(lengths_ptr, b, S)
+    bounds = (keys, begin, reach)
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
+    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
+    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
+    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
+    q_pos_matrix = None
+    if q_pos_ptr is not None:
+        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dk_matrix = (head_pointer(dk_ptr, stride_dkb, stride_dkh, b, h, ALIGNED), stride_dkn, S)
     dv_matrix = (head_pointer(dv_ptr, stride_dvb, stride_dvh, b, h, ALIGNED), stride_dvn, S)
-    if column_ptr is not None:
-        column_ptr += h * P
-    lse_ptr += bh * T
-    delta_ptr += bh * T
+    terms = score_terms(
+        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    )  # fmt: skip
+    stats = row_stats(lse_ptr, rest_ptr, delta_ptr, bh * T)
 
     offs_n = j0 + tl.arange(0, BLOCK_N)
     offs_y = tl.arange(0, BLOCK_M)
@@ -164,28 +209,38 @@ def backward_dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
-    # No query before `start` sees a key of this tile; those from `interior` on see all of them. Keys beyond S and
-    # queries beyond T need no mask: the former are not stored, the latter have p = ds = 0.
+    # Some query of each tile from `first` on, n_tiles of them, sees a key; in the tiles [lower, upper) of these every
+    # query sees all. Hidden keys beyond `keys` are cleared at the end, and queries beyond T have p = ds = 0.
+    first = tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M
+    last = tl.minimum(T, j0 + BLOCK_N - begin)
+    n_tiles = tl.where(j0 < keys, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
+    lower = tl.minimum(n_tiles, tl.cdiv(tl.maximum(0, j0 + BLOCK_N - reach - first), BLOCK_M))
+    seen_by_all = j0 - begin + 1
+    upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
+    upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
     c = j0 + rel_offset
-    start = tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M
-    interior = tl.minimum(T, tl.cdiv(tl.maximum(0, j0 + BLOCK_N - reach), BLOCK_M) * BLOCK_M)
-    for i0 in tl.range(start, interior, BLOCK_M, num_stages=1):
+    for tile in tl.range(lower, upper):
+        i0 = first + tile * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, do_matrix, r_matrix, u_ptr, column_ptr, lse_ptr, delta_ptr, h,
-            i0 + offs_y, offs_n, c - i0, S, reach, scale,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, u_ptr, stats, h,
+            i0 + offs_y, offs_n, c - i0, bounds, scale,
+            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
-    for i0 in tl.range(tl.cdiv(interior, BLOCK_M) * BLOCK_M, T, BLOCK_M):
+    for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
+        i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, do_matrix, r_matrix, u_ptr, column_ptr, lse_ptr, delta_ptr, h,
-            i0 + offs_y, offs_n, c - i0, S, reach, scale,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, u_ptr, stats, h,
+            i0 + offs_y, offs_n, c - i0, bounds, scale,
+            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
 
+    if lengths_ptr is not None:
+        dk = tl.where((offs_n < keys)[:, None], dk, 0.0)
+        dv = tl.where((offs_n < keys)[:, None], dv, 0.0)
     store_rows(dk_matrix, dk * scale, offs_n, D, BLOCK_D)
     store_rows(dv_matrix, dv, offs_n, D, BLOCK_D)
-    if u_ptr is not None:
+    if du_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
-        colsum = tl.where(offs_n < S, colsum, 0.0)
-        du = tl.sum(colsum[:, None] * k.to(tl.float32), 0) * scale
-        tl.store(du_ptr + (bh * n_tiles + tile) * D + offs_d, du, mask=offs_d < D)
+        colsum = tl.where(offs_n < keys, colsum, 0.0)
+        du = tl.where(n_tiles > 0, tl.sum(colsum[:, None] * k.to(tl.float32), 0) * scale, 0.0)
+        tl.store(du_ptr + (bh * n_key_tiles + key_tile) * D + offs_d, du, mask=offs_d < D)

@@ -1,4 +1,4 @@
-"""The gradient of q, one program per query tile."""
+"""The gradients of q, q_pos and the segment scores, one program per query tile."""
 
 import triton
 import triton.language as tl
@@ -6,41 +6,68 @@ import triton.language as tl
 from txl_kernels.triton_backend.primitives import (
     collect,
     head_pointer,
+    key_count,
     load_query,
     load_row_stats,
     load_rows,
     position_block,
+    r_table,
+    row_stats,
     shift_in,
-    softmax_gradient,
     store_rows,
-    visible_mask,
 )
+from txl_kernels.triton_backend.scores import gradients, same_segment, score_terms
+
+
+@triton.jit
+def _add_position_part(
+    grads,
+    ds_raw,
+    table,
+    rows,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEPARATE: tl.constexpr,
+):
+    """Adds the product of a finished block of ds with its rows of r: to dq, or to dq_pos where that is SEPARATE."""
+    matrix, _ = table
+    if matrix[0] is not None:
+        # (M, N) x (N, DR) -> (M, DR)
+        r = load_rows(matrix, rows, DR, BLOCK_DR)
+        part = tl.dot(ds_raw, r, grads[1] if SEPARATE else grads[0], input_precision=PRECISION)
+        grads = (grads[0], part) + grads[2:] if SEPARATE else (part,) + grads[1:]
+    return grads
 
 
 @triton.jit
 def _dq_tile(
-    dq,
+    grads,
     pending,
     partial,
     q,
+    q_position,
     do,
     lse,
+    rest,
     delta,
     k_matrix,
     v_matrix,
-    r_matrix,
-    column_ptr,
+    table,
+    terms,
     offs_m,
     offs_n,
     row0,
-    S,
-    reach,
+    bounds,
     scale,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SEPARATE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile of keys: its content part of dq, and the position part of the block of r that it completes."""
@@ -48,28 +75,45 @@ def _dq_tile(
     k = load_rows(k_matrix, offs_n, D, BLOCK_D)
     ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     rows = row0 + tl.arange(0, BLOCK_N)
-    raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
+    raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    s = (ac + bd) * scale
-    if MASKED:
-        s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    _, ds = softmax_gradient(s, lse[:, None], dp, delta[:, None], q.dtype)
+    _, _, ds = gradients(
+        ac + bd,
+        dp,
+        lse[:, None],
+        rest[:, None],
+        delta[:, None],
+        terms,
+        offs_m[:, None],
+        offs_n[None, :],
+        bounds,
+        scale,
+        q.dtype,
+        MASKED,
+    )
+    if terms[0][0] is not None:
+        same = same_segment(terms, offs_m[:, None], offs_n[None, :])
+        same_sum = grads[len(grads) - 2] + tl.sum(tl.where(same, ds, 0.0), 1)
+        grads = grads[: len(grads) - 2] + (same_sum, grads[len(grads) - 1] + tl.sum(tl.where(same, 0.0, ds), 1))
     ds = ds.to(k.dtype)
     # (M, N) x (N, D) -> (M, D): content, position
-    dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    grads = (tl.dot(ds, k, grads[0], input_precision=PRECISION),) + grads[1:]
     ds_raw, partial = collect(ds, partial, BLOCK_M, BLOCK_N)
-    r = load_rows(r_matrix, rows - len(partial) * BLOCK_N, D, BLOCK_D)
-    dq = tl.dot(ds_raw, r, dq, input_precision=PRECISION)
-    return dq, pending, partial
+    rows -= len(partial) * BLOCK_N
+    return _add_position_part(grads, ds_raw, table, rows, DR, BLOCK_DR, PRECISION, SEPARATE), pending, partial
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "do_ptr", "lse_ptr", "delta_ptr", "dq_ptr",
-        "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rh",
-        "stride_dob", "stride_doh", "stride_dqb", "stride_dqh", "H", "T", "S", "P", "rel_offset", "reach",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
+        "dq_ptr", "dq_pos_ptr",
+        "dsegment_ptr", "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb",
+        "stride_rh", "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob",
+        "stride_doh", "stride_dqb", "stride_dqh", "stride_dpb", "stride_dph",
+        "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
 )  # fmt: skip
 def backward_dq_kernel(
@@ -79,10 +123,20 @@ def backward_dq_kernel(
     r_ptr,
     u_ptr,
     column_ptr,
+    q_pos_ptr,
+    segment_ptr,
+    q_ids_ptr,
+    k_ids_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
     do_ptr,
     lse_ptr,
+    rest_ptr,
     delta_ptr,
     dq_ptr,
+    dq_pos_ptr,
+    dsegment_ptr,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -92,33 +146,53 @@ def backward_dq_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_rb,
     stride_rh,
     stride_rp,
+    stride_cb,
+    stride_pb,
+    stride_ph,
+    stride_pm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     stride_dob,
     stride_doh,
     stride_dom,
     stride_dqb,
     stride_dqh,
     stride_dqm,
+    stride_dpb,
+    stride_dph,
+    stride_dpm,
     H,
+    group,
     T,
     S,
     P,
     rel_offset,
+    begin,
     reach,
     scale,
+    softcap,
+    keep_below,
+    keep_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dq of BLOCK_M queries of one head. Grid: (query tiles * B * H,), longest rows first.
 
     dq_i = scale (sum_j ds[i, j] k_j + sum_p ds_raw[i, p] r_p), ds_raw[i, p] = ds[i, j] at p = j - i + rel_offset:
-    one accumulator. The key loop is that of the forward; the products with r lag behind it by the tiles that
-    share a block of r.
+    one accumulator, unless a q_pos takes the second sum. The key loop is that of the forward; the products with r lag
+    behind it by the tiles that share a block of r. dsegment (B, H, T, 2) gets the sums of ds over the keys of the
+    query's segment and over the others, in float32.
     """
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
@@ -127,51 +201,80 @@ def backward_dq_kernel(
     b = bh // H
     h = bh % H
 
+    keys = key_count(lengths_ptr, b, S)
+    bounds = (keys, begin, reach)
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
+    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
+    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
+    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
-    if column_ptr is not None:
-        column_ptr += h * P
+    terms = score_terms(
+        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
     offs_x = tl.arange(0, BLOCK_N)
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    lse, delta = load_row_stats(lse_ptr + bh * T, delta_ptr + bh * T, offs_m, T)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    lse, rest, delta = load_row_stats(row_stats(lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
+    # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.
+    grads = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
+    q_position = q
+    SEPARATE: tl.constexpr = q_pos_ptr is not None
+    if SEPARATE:
+        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
+        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
+        grads = grads + (tl.zeros((BLOCK_M, BLOCK_DR), tl.float32),)
+    if segment_ptr is not None:
+        grads = grads + (tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
+
+    # Some row sees keys of the tiles in [start, end), every row sees all keys in [lower, upper).
+    start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
+    lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
+    upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
+    end = tl.maximum(start, tl.cdiv(tl.minimum(keys, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N)
 
     c = rel_offset - i0
     GROUPS: tl.constexpr = (BLOCK_M + BLOCK_N - 1) // BLOCK_N
     pending = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * GROUPS
     partial = (tl.zeros((BLOCK_M, BLOCK_N), q.dtype),) * GROUPS
     for e in tl.static_range(GROUPS):
-        rows = c + (e - GROUPS) * BLOCK_N + offs_x
-        raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
+        rows = c + start + (e - GROUPS) * BLOCK_N + offs_x
+        raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
-    # Every row sees the keys below `interior`; none sees those from `end` on.
-    interior = tl.minimum(S, i0 + reach) // BLOCK_N * BLOCK_N
-    end = tl.cdiv(tl.minimum(S, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N
-    for j0 in tl.range(0, interior, BLOCK_N):
-        dq, pending, partial = _dq_tile(
-            dq, pending, partial, q, do, lse, delta, k_matrix, v_matrix, r_matrix, column_ptr,
-            offs_m, j0 + offs_x, c + j0, S, reach, scale,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
+    for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=1):
+        grads, pending, partial = _dq_tile(
+            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
+            offs_m, j0 + offs_x, c + j0, bounds, scale,
+            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
         )  # fmt: skip
-    for j0 in tl.range(interior, end, BLOCK_N, num_stages=1):
-        dq, pending, partial = _dq_tile(
-            dq, pending, partial, q, do, lse, delta, k_matrix, v_matrix, r_matrix, column_ptr,
-            offs_m, j0 + offs_x, c + j0, S, reach, scale,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
+    for j0 in tl.range(lower, upper, BLOCK_N):
+        grads, pending, partial = _dq_tile(
+            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
+            offs_m, j0 + offs_x, c + j0, bounds, scale,
+            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=False,
+        )  # fmt: skip
+    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, num_stages=1):
+        grads, pending, partial = _dq_tile(
+            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
+            offs_m, j0 + offs_x, c + j0, bounds, scale,
+            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
         )  # fmt: skip
     for e in tl.static_range(GROUPS):
         ds_raw, partial = collect(tl.zeros((BLOCK_M, BLOCK_N), q.dtype), partial, BLOCK_M, BLOCK_N)
-        r = load_rows(r_matrix, c + end + (e - GROUPS) * BLOCK_N + offs_x, D, BLOCK_D)
-        dq = tl.dot(ds_raw, r, dq, input_precision=PRECISION)
+        rows = c + end + (e - GROUPS) * BLOCK_N + offs_x
+        grads = _add_position_part(grads, ds_raw, table, rows, DR, BLOCK_DR, PRECISION, SEPARATE)
 
-    store_rows(dq_matrix, dq * scale, offs_m, D, BLOCK_D)
+    store_rows(dq_matrix, grads[0] * scale, offs_m, D, BLOCK_D)
+    if SEPARATE:
+        dq_pos_matrix = (head_pointer(dq_pos_ptr, stride_dpb, stride_dph, b, h, ALIGNED), stride_dpm, T)
+        store_rows(dq_pos_matrix, grads[1] * scale, offs_m, DR, BLOCK_DR)
+    if segment_ptr is not None:
+        dsegment_ptr += 2 * (bh * T + offs_m)
+        tl.store(dsegment_ptr, grads[len(grads) - 2] * scale, mask=offs_m < T)
+        tl.store(dsegment_ptr + 1, grads[len(grads) - 1] * scale, mask=offs_m < T)

@@ -1,21 +1,25 @@
-"""The gradient of r, and the position bias gradient, one program per block of rows and range of batch elements."""
+"""The gradients of r and of the biases by row of r, one program per block of rows and range of batch elements."""
 
 import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
     block_of,
+    edge_tile,
     head_pointer,
+    key_count,
     load_bias,
     load_column,
     load_query,
     load_row_stats,
     load_rows,
+    r_table,
     rotate_up,
+    row_stats,
     select_block,
-    softmax_gradient,
     store_rows,
 )
+from txl_kernels.triton_backend.scores import gradients, score_terms
 
 
 @triton.jit
@@ -24,9 +28,9 @@ def _product_in_rows_of_r(
     a,
     j0,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y[x, ii] = matrix[j0 + ii + x] . a_ii, (N, M): the shift the other way, from keys to rows of r."""
@@ -48,47 +52,69 @@ def _dr_tile(
     r,
     column,
     q_matrix,
+    q_pos_matrix,
     do_matrix,
     k_matrix,
     v_matrix,
+    terms,
     u_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats,
     h,
     offs_m,
     j0,
+    bounds,
     scale,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile of queries in the coordinates (i, p), where j = j0 + ii + x: position needs no shift, keys do."""
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q_position = q
+    if q_pos_matrix is not None:
+        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
     # (N, D) x (D, M) -> (N, M): position, content, dP
-    bd = tl.dot(r, tl.trans(q), input_precision=PRECISION) + column[:, None]
-    ac = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    s = (ac + bd) * scale
-    if MASKED:
-        offs_n = j0 + tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
-        s = tl.where((offs_n >= 0) & (offs_n < k_matrix[2]), s, float("-inf"))
-    lse, delta = load_row_stats(lse_ptr, delta_ptr, offs_m, q_matrix[2])
+    products = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION) + column[:, None]
+    if r is not None:
+        products += tl.dot(r, tl.trans(q_position), input_precision=PRECISION)
+    lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    _, ds = softmax_gradient(s, lse[None, :], dp, delta[None, :], q.dtype)
-    # (N, M) x (M, D) -> (N, D)
-    dr = tl.dot(ds.to(q.dtype), q, dr, input_precision=PRECISION)
+    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION)
+    offs_n = j0 + tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    _, _, ds = gradients(
+        products,
+        dp,
+        lse[None, :],
+        rest[None, :],
+        delta[None, :],
+        terms,
+        offs_m[None, :],
+        offs_n,
+        bounds,
+        scale,
+        q.dtype,
+        MASKED,
+    )
+    if r is not None:
+        # (N, M) x (M, DR) -> (N, DR)
+        dr = tl.dot(ds.to(q.dtype), q_position, dr, input_precision=PRECISION)
     return dr, colsum + tl.sum(ds, 1)
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "do_ptr", "lse_ptr", "delta_ptr",
-        "bias_difference_ptr", "dr_ptr", "dposition_bias_ptr",
-        "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rh",
-        "stride_dob", "stride_doh", "stride_drz", "stride_drh", "B", "H", "T", "S", "P", "rel_offset", "reach",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
+        "bias_difference_ptr",
+        "dr_ptr", "dposition_bias_ptr", "dr_bias_ptr",
+        "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
+        "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob", "stride_doh",
+        "B", "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
 )  # fmt: skip
 def backward_dr_kernel(
@@ -98,12 +124,21 @@ def backward_dr_kernel(
     r_ptr,
     u_ptr,
     column_ptr,
+    q_pos_ptr,
+    segment_ptr,
+    q_ids_ptr,
+    k_ids_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
     do_ptr,
     lse_ptr,
+    rest_ptr,
     delta_ptr,
     bias_difference_ptr,
     dr_ptr,
     dposition_bias_ptr,
+    dr_bias_ptr,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -113,34 +148,49 @@ def backward_dr_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_rb,
     stride_rh,
     stride_rp,
+    stride_cb,
+    stride_pb,
+    stride_ph,
+    stride_pm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     stride_dob,
     stride_doh,
     stride_dom,
-    stride_drz,
-    stride_drh,
-    stride_drp,
     B,
     H,
+    group,
     T,
     S,
     P,
     rel_offset,
+    begin,
     reach,
     scale,
+    softcap,
+    keep_below,
+    keep_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dr of BLOCK_N rows of one head, summed over a range of batch elements. Grid: (row blocks * H, ranges).
 
     dr_p = scale sum_{b, i} ds_raw[i, p] (q_i + v), with q + v = (q + u) + (v - u): the second part is the column sum
-    of ds_raw times bias_difference = v - u, (H, D). The same column sums give this block's share of the position
-    bias gradient scale sum_{b, p} (sum_i ds_raw[i, p]) r_p, stored in float32 in (ranges, row blocks, H, D).
+    of ds_raw times bias_difference = v - u, (H, D). Where an r of its own belongs to every batch element (stride_rb is
+    not 0), a range is one element. The same column sums are this block's share of the gradient of r_bias, and give its
+    share of the position bias gradient scale sum_{b, p} (sum_i ds_raw[i, p]) r_p. All are stored in float32:
+    dr (ranges, H, P, DR), dr_bias (ranges, H, P), dposition_bias (ranges, row blocks, H, D).
     """
     n_blocks = tl.cdiv(P, BLOCK_N)
     pid = tl.program_id(0)
@@ -150,55 +200,72 @@ def backward_dr_kernel(
     part = tl.program_id(1).to(tl.int64)
     n_parts = tl.num_programs(1)
 
-    # Rows from `hidden` on lie in the future of every query.
-    hidden = tl.minimum(P, rel_offset + reach)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, 0, h, ALIGNED), stride_rp, hidden)
-    dr_matrix = (head_pointer(dr_ptr, stride_drz, stride_drh, part, h, ALIGNED), stride_drp, P)
+    # Every query that has a key at a row of [hidden_below, hidden_from) sees it, as far as lengths and masks allow.
+    hidden_from = tl.minimum(P, rel_offset + reach)
+    hidden_below = rel_offset + begin
+    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, part, h, P, hidden_from, ALIGNED)
+    r_matrix, head_column_ptr = table
 
     offs_p = p0 + tl.arange(0, BLOCK_N)
     offs_y = tl.arange(0, BLOCK_M)
-    r = load_rows(r_matrix, offs_p, D, BLOCK_D)
+    r = None
+    if r_ptr is not None:
+        r = load_rows(r_matrix, offs_p, DR, BLOCK_DR)
     column = tl.zeros((BLOCK_N,), tl.float32)
     if column_ptr is not None:
-        column = load_column(column_ptr + h * P, offs_p, hidden)
-    dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        column = load_column(head_column_ptr, offs_p, hidden_from)
+    dr = tl.zeros((BLOCK_N, BLOCK_DR), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
-    # Query tiles [first, last) meet keys in these rows, the tiles [lower, upper) of them nothing but keys.
-    first = tl.maximum(0, rel_offset - p0 - BLOCK_N + 1)
-    last = tl.minimum(T, S + rel_offset - p0)
-    n_tiles = tl.where(p0 < hidden, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
     c = p0 - rel_offset
-    lower = tl.minimum(n_tiles, tl.cdiv(tl.maximum(0, -c - first), BLOCK_M))
-    upper = tl.minimum(n_tiles, tl.maximum(0, S - BLOCK_N + 1 - c - first) // BLOCK_M)
-    upper = tl.maximum(lower, upper)
+    some_visible = (p0 < hidden_from) & (p0 + BLOCK_N > hidden_below)
     for b in tl.range((B * part) // n_parts, (B * (part + 1)) // n_parts):
+        keys = key_count(lengths_ptr, b, S)
+        # n_tiles query tiles from `first` on meet keys in these rows, the tiles [lower, upper) of them nothing else.
+        first = tl.maximum(0, 1 - BLOCK_N - c)
+        last = tl.minimum(T, keys - c)
+        n_tiles = tl.where(some_visible, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
+        lower = tl.minimum(n_tiles, tl.cdiv(tl.maximum(0, -c - first), BLOCK_M))
+        upper = tl.minimum(n_tiles, tl.maximum(0, keys - BLOCK_N + 1 - c - first) // BLOCK_M)
+        upper = tl.maximum(lower, upper)
+
+        bounds = (keys, begin, reach)
         q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-        k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
-        v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
+        k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
+        v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
+        q_pos_matrix = None
+        if q_pos_ptr is not None:
+            q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
-        row = (b * H + h) * T
+        terms = score_terms(
+            segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+            seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+        )  # fmt: skip
+        stats = row_stats(lse_ptr, rest_ptr, delta_ptr, (b * H + h) * T)
         for tile in tl.range(lower, upper):
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(
-                dr, colsum, r, column, q_matrix, do_matrix, k_matrix, v_matrix, u_ptr,
-                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
+                dr, colsum, r, column, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms, u_ptr,
+                stats, h, i0 + offs_y, c + i0, bounds, scale,
+                D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
             )  # fmt: skip
         for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
-            i0 = first + tl.where(edge < lower, edge, edge + upper - lower) * BLOCK_M
+            i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
             dr, colsum = _dr_tile(
-                dr, colsum, r, column, q_matrix, do_matrix, k_matrix, v_matrix, u_ptr,
-                lse_ptr + row, delta_ptr + row, h, i0 + offs_y, c + i0, scale,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
+                dr, colsum, r, column, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms, u_ptr,
+                stats, h, i0 + offs_y, c + i0, bounds, scale,
+                D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
             )  # fmt: skip
 
-    visible = offs_p < hidden
+    visible = (offs_p >= hidden_below) & (offs_p < hidden_from)
     colsum = tl.where(visible, colsum, 0.0) * scale
-    dr = tl.where(visible[:, None], dr * scale, 0.0)
-    if column_ptr is not None:
-        dr += colsum[:, None] * load_bias(bias_difference_ptr, h, D, BLOCK_D)[None, :]
-    store_rows(dr_matrix, dr, offs_p, D, BLOCK_D)
+    if dr_bias_ptr is not None:
+        tl.store(dr_bias_ptr + (part * H + h) * P + offs_p, colsum, mask=offs_p < P)
+    if r_ptr is not None:
+        dr = tl.where(visible[:, None], dr * scale, 0.0)
+        if bias_difference_ptr is not None:
+            dr += colsum[:, None] * load_bias(bias_difference_ptr, h, DR, BLOCK_DR)[None, :]
+        store_rows((dr_ptr + (part * H + h) * P * DR, DR, P), dr, offs_p, DR, BLOCK_DR)
     if dposition_bias_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
         dposition_bias = tl.sum(colsum[:, None] * r.to(tl.float32), 0)

@@ -6,13 +6,18 @@ import triton.language as tl
 from txl_kernels.triton_backend.primitives import (
     exp,
     head_pointer,
+    key_count,
     load_query,
     load_rows,
     position_block,
+    r_table,
     shift_in,
     store_rows,
-    visible_mask,
 )
+from txl_kernels.triton_backend.scores import dropped, score_terms, scores
+
+# Below every score but -inf: a row whose keys are all hidden keeps a sum of 0.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -31,20 +36,22 @@ def _forward_tile(
     m_i,
     pending,
     q,
+    q_position,
     k_matrix,
     v_matrix,
-    r_matrix,
-    column_ptr,
+    table,
+    terms,
     offs_m,
     offs_n,
     row0,
-    S,
-    reach,
+    bounds,
     scale,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -52,13 +59,11 @@ def _forward_tile(
     # (M, D) x (D, N) -> (M, N), for content and for position
     k = load_rows(k_matrix, offs_n, D, BLOCK_D)
     ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    rows = row0 + tl.arange(0, BLOCK_N)
-    raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
+    raw = position_block(q_position, table, row0 + tl.arange(0, BLOCK_N), DR, BLOCK_DR, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    s = (ac + bd) * scale
-    if MASKED:
-        s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], S, reach), s, float("-inf"))
+    s, _ = scores(ac + bd, terms, offs_m[:, None], offs_n[None, :], bounds, scale, q.dtype, MASKED)
     p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s, q.dtype)
+    p = dropped(p, terms, offs_m[:, None], offs_n[None, :])
     # (M, N) x (N, D) -> (M, D)
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -67,9 +72,11 @@ def _forward_tile(
 
 # Lengths, and strides that follow from them, must not compile a new variant each.
 _UNSPECIALIZED = [
-    "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "out_ptr", "lse_ptr",
-    "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rh", "stride_ob", "stride_oh",
-    "H", "T", "S", "P", "rel_offset", "reach",
+    "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr", "k_ids_ptr",
+    "mask_ptr", "lengths_ptr", "seed_ptr", "out_ptr", "lse_ptr",
+    "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
+    "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_ob", "stride_oh",
+    "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
 ]  # fmt: skip
 
 
@@ -81,6 +88,13 @@ def forward_kernel(
     r_ptr,
     u_ptr,
     column_ptr,
+    q_pos_ptr,
+    segment_ptr,
+    q_ids_ptr,
+    k_ids_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -92,22 +106,38 @@ def forward_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_rb,
     stride_rh,
     stride_rp,
+    stride_cb,
+    stride_pb,
+    stride_ph,
+    stride_pm,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     stride_ob,
     stride_oh,
     stride_om,
     H,
+    group,
     T,
     S,
     P,
     rel_offset,
+    begin,
     reach,
     scale,
+    softcap,
+    keep_below,
+    keep_scale,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DR: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -122,44 +152,64 @@ def forward_kernel(
     b = bh // H
     h = bh % H
 
+    keys = key_count(lengths_ptr, b, S)
+    bounds = (keys, begin, reach)
     q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h, ALIGNED), stride_kn, S)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h, ALIGNED), stride_vn, S)
+    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
+    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    r_matrix = (head_pointer(r_ptr, 0, stride_rh, b, h, ALIGNED), stride_rp, r_rows)
+    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
-    if column_ptr is not None:
-        column_ptr += h * P
+    terms = score_terms(
+        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q_position = q
+    if q_pos_ptr is not None:
+        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
+        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
+
+    # Some row sees keys of the tiles in [start, end), every row sees all keys in [lower, upper).
+    start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
+    lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
+    upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
+    end = tl.minimum(keys, i0 + BLOCK_M - 1 + reach)
 
     c = rel_offset - i0
     offs_x = tl.arange(0, BLOCK_N)
     GROUPS: tl.constexpr = (BLOCK_M + BLOCK_N - 1) // BLOCK_N
     pending = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * GROUPS
     for e in tl.static_range(GROUPS):
-        rows = c + (e - GROUPS) * BLOCK_N + offs_x
-        raw = position_block(q, r_matrix, column_ptr, rows, D, BLOCK_D, PRECISION)
+        rows = c + start + (e - GROUPS) * BLOCK_N + offs_x
+        raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
-    # Every row sees the keys below `interior`; none sees those from `end` on.
-    interior = tl.minimum(S, i0 + reach) // BLOCK_N * BLOCK_N
-    end = tl.minimum(S, i0 + BLOCK_M - 1 + reach)
-    for j0 in tl.range(0, interior, BLOCK_N):
+    for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N):
         acc, l_i, m_i, pending = _forward_tile(
-            acc, l_i, m_i, pending, q, k_matrix, v_matrix, r_matrix, column_ptr, offs_m, j0 + offs_x, c + j0,
-            S, reach, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=False,
+            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+            bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
-    for j0 in tl.range(interior, end, BLOCK_N):
+    for j0 in tl.range(lower, upper, BLOCK_N):
         acc, l_i, m_i, pending = _forward_tile(
-            acc, l_i, m_i, pending, q, k_matrix, v_matrix, r_matrix, column_ptr, offs_m, j0 + offs_x, c + j0,
-            S, reach, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, MASKED=True,
+            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+            bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
+        )  # fmt: skip
+    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N):
+        acc, l_i, m_i, pending = _forward_tile(
+            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+            bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
 
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
     store_rows(out_matrix, acc / l_i[:, None], offs_m, D, BLOCK_D)
-    tl.store(lse_ptr + bh * T + offs_m, m_i + tl.log(l_i), mask=offs_m < T)
+    stat_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    lse = m_i.to(stat_dtype) + tl.log(l_i.to(stat_dtype))
+    tl.store(lse_ptr + bh * T + offs_m, tl.where(empty, float("-inf"), lse), mask=offs_m < T)

@@ -1,18 +1,22 @@
 """Launchers: the two entry points of the backend, from validated tensors to kernel arguments."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
+from txl_kernels import dropout
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
+from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
 from txl_kernels.triton_backend.launch_table import generation_of, launch_for
-from txl_kernels.triton_backend.vector_kernels import column_kernel, delta_kernel
+from txl_kernels.triton_backend.vector_kernels import column_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
 # The dr kernel divides the batch where it has fewer (row block, head) pairs than this: a few for each processor.
@@ -20,22 +24,15 @@ _VECTOR_BLOCK = 64
 _DR_PROGRAMS = 512
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    first_distance: int,
-) -> tuple[Tensor, Tensor]:
-    """Output like q and log-sum-exp (B, H, T) in float32, of non-empty inputs with a unit last stride."""
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Output like q and log-sum-exp (B, H, T), of non-empty inputs as the operator normalises them."""
+    q = inputs.q
     with _on_device_of(q):
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        call = _Call(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others=(out,))
+        # In float32, an error of the log-sum-exp would scale a whole row of the backward's weights.
+        stat_dtype = torch.float64 if q.dtype is torch.float32 else torch.float32
+        lse = torch.empty(q.shape[:3], dtype=stat_dtype, device=q.device)
+        call = _Call(inputs, options, others=(out,))
         tiling = call.tiling("forward")
         forward_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
             **call.arguments, **_strided("out", "o", "bhm", out), lse_ptr=lse, **tiling
@@ -46,166 +43,272 @@ def forward(
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
+    inputs: Inputs,
     out: Tensor,
     lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    first_distance: int,
+    options: Options,
     needs_grad: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, r, content_bias and position_bias; None for those that need none."""
-    needs_q, needs_k, needs_v, needs_r, needs_content, needs_position = needs_grad
-    dq = dk = dv = dr = dcontent = dposition = None
-    with _on_device_of(q):
-        call = _Call(q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others=(out, dout))
-        delta = _delta(call, out, dout, dlse)
-        shared = {**_strided("do", "do", "bhm", dout), "lse_ptr": lse, "delta_ptr": delta}
-        if needs_q:
-            dq = _query_gradient(call, shared, q)
-        if needs_k or needs_v or needs_content:
-            dk, dv, dcontent = _key_gradients(call, shared, k, v, content_bias)
-        if needs_r or needs_position:
-            dr, dposition = _row_gradients(call, shared, r, position_bias)
-    grads = (dq, dk, dv, dr, dcontent, dposition)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+) -> list[Tensor | None]:
+    """Gradients in the order of DIFFERENTIABLE; None for those that need none."""
+    with _on_device_of(out):
+        call = _Call(inputs, options, others=(out, dout))
+        shared = {**_strided("do", "do", "bhm", dout), **_row_stats(call, out, dout, lse, dlse)}
+        needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
+        grads = {}
+        for names, gradients in (
+            (("q", "q_pos", "segment_scores"), _query_gradients),
+            (("k", "v", "content_bias"), _key_gradients),
+            (("r", "position_bias", "r_bias"), _row_gradients),
+            (("attn_mask",), _mask_gradient),
+        ):
+            if needed.intersection(names):
+                grads |= zip(names, gradients(call, shared), strict=True)
+    return [grads[name] if name in needed else None for name in DIFFERENTIABLE]
 
 
 class _Call:
     """The sizes and kernel arguments that all passes of one call share."""
 
-    def __init__(
-        self, q, k, v, r, content_bias, position_bias, is_causal, scale, first_distance, others: tuple[Tensor, ...]
-    ):
+    def __init__(self, inputs: Inputs, options: Options, others: tuple[Tensor, ...]):
+        self.inputs = inputs
+        q, k, v, r, content_bias = inputs[:5]
         self.B, self.H, self.T, self.D = q.shape
-        self.S, self.P = k.shape[2], r.shape[1]
+        self.S, self.P = k.shape[2], inputs.rows
+        M = self.S - self.T
+        self.group = self.H // k.shape[1]
         self.generation, self.itemsize = generation_of(q.device), q.element_size()
-        self.head = {
-            "ALIGNED": all(_is_aligned(x) for x in (q, k, v, r, *others)),
-            "D": self.D,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.D)),
-        }
-        self.difference = _bias_difference(content_bias, position_bias)
+        # A table that serves all batch elements or heads has stride 0 there.
+        self.r = None if r is None else r.expand(self.B, self.H, -1, -1)
+        self.r_batches = 1 if r is None else len(r)
+        self.DR = self.D if r is None else r.shape[-1]
+        rows = [x for x in (q, k, v, self.r, inputs.q_pos, *others) if x is not None]
+        self.aligned = all(_is_aligned(x) for x in rows)
+        self.difference = None if r is None or inputs.q_pos is not None else _bias_difference(*inputs[4:6])
+        column = self._column()
         self.arguments = {
             **_strided("q", "q", "bhm", q),
             **_strided("k", "k", "bhn", k),
             **_strided("v", "v", "bhn", v),
-            **_strided("r", "r", "hp", r),
+            **_strided("r", "r", "bhp", self.r),
+            **_strided("q_pos", "p", "bhm", inputs.q_pos),
             "u_ptr": None if content_bias is None else content_bias.contiguous(),
-            "column_ptr": None if self.difference is None else self._column(r),
+            "column_ptr": column,
+            "stride_cb": 0 if column is None or len(column) == 1 else column.stride(0),
+            **self._terms(options),
             "H": self.H,
+            "group": self.group,
             "T": self.T,
             "S": self.S,
             "P": self.P,
-            # Beyond these bounds no pair has a row of r, and int32 would overflow.
-            "rel_offset": max(-self.S, min(first_distance - (self.S - self.T), self.P + self.T)),
-            "reach": self.S - self.T + 1 if is_causal else self.S,
-            "scale": scale,
+            # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
+            "rel_offset": max(-self.S, min(options.first_distance - M, self.P + self.T)),
+            "begin": -self.T if options.left < 0 else max(M - options.left, -self.T),
+            "reach": self.S if options.right < 0 else min(M + 1 + options.right, self.S),
+            "scale": options.scale,
             "PRECISION": _input_precision(q.dtype),
-            **self.head,
+            "ALIGNED": self.aligned,
+            "D": self.D,
+            "BLOCK_D": _padded(self.D),
+            "DR": self.DR,
+            "BLOCK_DR": _padded(self.DR),
         }
 
     def tiling(self, kernel: str) -> dict[str, int]:
-        block_m, block_n, num_warps, num_stages = launch_for(
-            kernel, self.generation, self.head["BLOCK_D"], self.itemsize
-        )
+        width = max(_padded(self.D), _padded(self.DR))
+        block_m, block_n, num_warps, num_stages = launch_for(kernel, self.generation, width, self.itemsize)
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
-    def _column(self, r: Tensor) -> Tensor:
-        """(v - u) . r[p], (H, P) in float32."""
-        column = torch.empty((self.H, self.P), dtype=torch.float32, device=r.device)
-        if self.P:
-            column_kernel[(triton.cdiv(self.P, _VECTOR_BLOCK) * self.H,)](
-                **_strided("r", "r", "hp", r),
-                bias_difference_ptr=self.difference,
-                column_ptr=column,
-                P=self.P,
-                BLOCK_P=_VECTOR_BLOCK,
-                **self.head,
-            )
+    def _terms(self, options: Options) -> dict:
+        """The optional terms of a score; None where absent."""
+        inputs = self.inputs
+        mask = inputs.attn_mask
+        if mask is not None:
+            mask = mask.expand(self.B, self.H, self.T, self.S)
+            mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
+        dropping = inputs.seed is not None
+        return {
+            "segment_ptr": _contiguous(inputs.segment_scores),
+            "q_ids_ptr": _contiguous(inputs.segment_q_ids),
+            "k_ids_ptr": _contiguous(inputs.segment_k_ids),
+            **_strided("mask", "m", "bhmn", mask),
+            "lengths_ptr": _contiguous(inputs.key_lengths),
+            "seed_ptr": inputs.seed,
+            "softcap": options.softcap,
+            "keep_below": dropout.threshold(options.dropout_p) if dropping else None,
+            "keep_scale": 1 / (1 - options.dropout_p) if dropping else None,
+        }
+
+    def _column(self) -> Tensor | None:
+        """(v - u) . r[p] + r_bias[p], (1|B, H, P) in float32, or None where both are absent."""
+        r_bias = self.inputs.r_bias
+        r_bias = None if r_bias is None else r_bias.float().contiguous()
+        if self.difference is None or self.P == 0:
+            return None if r_bias is None else r_bias[None]
+        column = torch.empty((self.r_batches, self.H, self.P), dtype=torch.float32, device=self.r.device)
+        column_kernel[(triton.cdiv(self.P, _VECTOR_BLOCK) * self.H, self.r_batches)](
+            **_strided("r", "r", "bhp", self.r),
+            bias_difference_ptr=self.difference,
+            r_bias_ptr=r_bias,
+            column_ptr=column,
+            H=self.H,
+            P=self.P,
+            ALIGNED=self.aligned,
+            D=self.DR,
+            BLOCK_D=_padded(self.DR),
+            BLOCK_P=_VECTOR_BLOCK,
+        )
         return column
 
 
-def _delta(call: _Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """out . dout - dlse of every query, (B, H, T) in float32."""
-    delta = torch.empty((call.B, call.H, call.T), dtype=torch.float32, device=out.device)
-    delta_kernel[(triton.cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
+def _row_stats(call: _Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, Tensor | None]:
+    """The three vectors of row_stats_kernel, (B, H, T) in float32, under the names of the kernels' arguments."""
+
+    def vector() -> Tensor:
+        return torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+
+    delta, lse_stat = vector(), vector()
+    rest = vector() if lse.dtype is torch.float64 else None
+    row_stats_kernel[(triton.cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
         **_strided("out", "o", "bhm", out),
         **_strided("do", "do", "bhm", dout),
-        dlse_ptr=None if dlse is None else dlse.contiguous(),
+        lse_ptr=lse,
+        dlse_ptr=_contiguous(dlse),
+        lse_stat_ptr=lse_stat,
+        rest_ptr=rest,
         delta_ptr=delta,
         H=call.H,
         T=call.T,
+        ALIGNED=call.aligned,
+        D=call.D,
+        BLOCK_D=_padded(call.D),
         BLOCK_M=_VECTOR_BLOCK,
-        **call.head,
     )
-    return delta
+    return {"lse_ptr": lse_stat, "rest_ptr": rest, "delta_ptr": delta}
 
 
-def _query_gradient(call: _Call, shared: dict, q: Tensor) -> Tensor:
+def _query_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dq, dq_pos and the gradient of the segment scores."""
+    q, q_pos, scores = call.inputs.q, call.inputs.q_pos, call.inputs.segment_scores
     dq = torch.empty_like(q)
+    dq_pos = None if q_pos is None else torch.empty_like(q_pos)
+    dscores = None if scores is None else torch.empty(scores.shape, dtype=torch.float32, device=q.device)
     tiling = call.tiling("dq")
     backward_dq_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
-        **call.arguments, **shared, **_strided("dq", "dq", "bhm", dq), **tiling
+        **call.arguments,
+        **shared,
+        **_strided("dq", "dq", "bhm", dq),
+        **_strided("dq_pos", "dp", "bhm", dq_pos),
+        dsegment_ptr=dscores,
+        **tiling,
     )
-    return dq
+    return dq, dq_pos, _like(scores, dscores)
 
 
-def _key_gradients(
-    call: _Call, shared: dict, k: Tensor, v: Tensor, content_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+def _key_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv and the gradient of the content bias."""
+    k, v, content_bias = call.inputs.k, call.inputs.v, call.inputs.content_bias
+    if call.group == 1:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+    else:  # a part for each query head of a group
+        shape = (call.B, call.H, call.S, call.D)
+        dk, dv = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
     tiling = call.tiling("dkv")
     tiles = triton.cdiv(call.S, tiling["BLOCK_N"])
-    parts = None
+    bias_parts = None
     if content_bias is not None:
-        parts = torch.empty((call.B, call.H, tiles, call.D), dtype=torch.float32, device=k.device)
+        bias_parts = torch.empty((call.B, call.H, tiles, call.D), dtype=torch.float32, device=k.device)
     backward_dkv_kernel[(tiles * call.B * call.H,)](
         **call.arguments,
         **shared,
         **_strided("dk", "dk", "bhn", dk),
         **_strided("dv", "dv", "bhn", dv),
-        du_ptr=parts,
+        du_ptr=bias_parts,
         **tiling,
     )
-    return dk, dv, _total(parts, (0, 2), content_bias)
+    if call.group > 1:
+        dk, dv = (_like(x, parts.unflatten(1, (-1, call.group)).sum(2)) for x, parts in ((k, dk), (v, dv)))
+    return dk, dv, _like(content_bias, bias_parts, (0, 2))
 
 
-def _row_gradients(call: _Call, shared: dict, r: Tensor, position_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if call.P == 0:
-        return torch.zeros_like(r), None if position_bias is None else torch.zeros_like(position_bias)
+def _row_gradients(call: _Call, shared: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dr and the gradients of the position bias and of r_bias."""
+    inputs, H, P = call.inputs, call.H, call.P
+    if P == 0:
+        return tuple(
+            None if x is None else torch.zeros_like(x) for x in (inputs.r, inputs.position_bias, inputs.r_bias)
+        )
     tiling = call.tiling("dr")
-    blocks = triton.cdiv(call.P, tiling["BLOCK_N"])
-    ranges = max(1, min(call.B, _DR_PROGRAMS // (blocks * call.H)))
-    dr_parts = torch.empty((ranges, *r.shape), dtype=torch.float32, device=r.device)
-    bias_parts = None
-    if position_bias is not None:
-        bias_parts = torch.empty((ranges, blocks, call.H, call.D), dtype=torch.float32, device=r.device)
-    backward_dr_kernel[(blocks * call.H, ranges)](
+    blocks = triton.cdiv(P, tiling["BLOCK_N"])
+    batched = call.r_batches > 1
+    ranges = call.B if batched else max(1, min(call.B, _DR_PROGRAMS // (blocks * H)))
+
+    def parts(like: Tensor | None, *shape: int) -> Tensor | None:
+        return None if like is None else torch.empty((ranges, *shape), dtype=torch.float32, device=like.device)
+
+    dr_parts = parts(inputs.r, H, P, call.DR)
+    dposition_parts = parts(inputs.position_bias, blocks, H, call.D)
+    dr_bias_parts = parts(inputs.r_bias, H, P)
+    backward_dr_kernel[(blocks * H, ranges)](
         **call.arguments,
         **shared,
         B=call.B,
         bias_difference_ptr=call.difference,
-        **_strided("dr", "dr", "zhp", dr_parts),
-        dposition_bias_ptr=bias_parts,
+        dr_ptr=dr_parts,
+        dposition_bias_ptr=dposition_parts,
+        dr_bias_ptr=dr_bias_parts,
         **tiling,
     )
-    return torch.empty_like(r).copy_(dr_parts.sum(0)), _total(bias_parts, (0, 1), position_bias)
+    served = [] if batched else [0]
+    if inputs.r is not None and inputs.r.shape[1] != H:
+        served.append(1)
+    return (
+        _like(inputs.r, dr_parts, served),
+        _like(inputs.position_bias, dposition_parts, (0, 1)),
+        _like(inputs.r_bias, dr_bias_parts, (0,)),
+    )
 
 
-def _total(parts: Tensor | None, dimensions: tuple[int, int], bias: Tensor | None) -> Tensor | None:
-    """The gradient of a bias from its float32 parts."""
-    return None if bias is None else torch.empty_like(bias).copy_(parts.sum(dimensions))
+def _mask_gradient(call: _Call, shared: dict) -> tuple[Tensor]:
+    """The gradient of a float mask, in its own shape."""
+    mask = call.inputs.attn_mask
+    dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    mask_b, mask_h, mask_t, mask_s = mask.shape
+    tiling = call.tiling("dmask")
+    tiles = (triton.cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
+    backward_dmask_kernel[(math.prod(tiles), mask_b * mask_h)](
+        **call.arguments,
+        **shared,
+        B=call.B,
+        dmask_ptr=dmask,
+        mask_b=mask_b,
+        mask_h=mask_h,
+        mask_t=mask_t,
+        mask_s=mask_s,
+        **tiling,
+    )
+    return (_like(mask, dmask),)
 
 
-def _strided(pointer: str, stride: str, dimensions: str, x: Tensor) -> dict:
-    """A tensor and its strides, but the last, under the names of the kernels' arguments."""
-    strides = {f"stride_{stride}{dim}": x.stride(position) for position, dim in enumerate(dimensions)}
+def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()) -> Tensor | None:
+    """A float32 gradient, summed over its parts, in the dtype and layout of x."""
+    if x is None:
+        return None
+    total = total.sum(dimensions) if dimensions else total
+    return torch.empty_like(x).copy_(total.view(x.shape))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _padded(width: int) -> int:
+    """The columns of a tile: a power of two, as Triton's matrix products want them."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _strided(pointer: str, stride: str, dimensions: str, x: Tensor | None) -> dict:
+    """A tensor and its strides by dimension under the names of the kernels' arguments; zeros for None."""
+    strides = {f"stride_{stride}{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dimensions)}
     return {f"{pointer}_ptr": x, **strides}
 
 

@@ -57,7 +57,8 @@ _FLOAT = {
 
 
 def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
-    """The row for a pass ("forward", "dq", "dkv", "dr"), a generation, a padded head size and an element size."""
+    """The row for a pass ("forward", "dq", "dkv", "dr", "dmask"), generation, padded head size and element size."""
+    kernel = "dq" if kernel == "dmask" else kernel  # the same products, less what they feed
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
     return rows[max(64, block_d)]
 

@@ -2,9 +2,11 @@
 
 Notation: B batch, H heads, T queries, S keys, P rows of r, D head size; i query, j key, p row of r.
 Row p of r serves the pair (i, j) when p = j - i + rel_offset, with rel_offset = first_distance - (S - T).
-Query i sees the keys j < min(S, i + reach): reach = S - T + 1 when causal, S when not.
+Query i sees the keys max(0, i + begin) <= j < min(keys, i + reach): with M = S - T and a window (left, right),
+begin = M - left and reach = M + 1 + right, as far as these are limited; keys = S or fewer by key_lengths.
 
-One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p].
+One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p]; a bias
+by row of r is added to the column. Only a q_pos of its own makes a second operand.
 
 The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
 the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e starting at row c - e N, and let
@@ -80,20 +82,49 @@ def load_column(column_ptr, rows, n_rows):
 
 
 @triton.jit
+def key_count(lengths_ptr, b, S):
+    """How many keys batch element b has: S, or lengths[b] clamped to [0, S]."""
+    keys = S
+    if lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), S).to(tl.int32)
+    return keys
+
+
+@triton.jit
+def r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, n_rows, ALIGNED: tl.constexpr):
+    """What depends on the relative position in one (batch, head): the matrix of r and its column, each or None."""
+    if r_ptr is not None:
+        r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    if column_ptr is not None:
+        column_ptr += b * stride_cb + h * P
+    return (r_ptr, stride_rp, n_rows), column_ptr
+
+
+@triton.jit
 def position_block(
     q,
-    r_matrix,
-    column_ptr,
+    table,
     rows,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):
-    """raw[ii, x] = (q_ii + v) . r[rows[x]], (M, len(rows))."""
-    r = load_rows(r_matrix, rows, D, BLOCK_D)
-    raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
+    """raw[ii, x] = (q_ii + v) . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose."""
+    matrix, column_ptr = table
+    if TRANSPOSED:
+        raw = tl.zeros((rows.shape[0], q.shape[0]), tl.float32)
+    else:
+        raw = tl.zeros((q.shape[0], rows.shape[0]), tl.float32)
+    if matrix[0] is not None:
+        r = load_rows(matrix, rows, D, BLOCK_D)
+        if TRANSPOSED:
+            raw = tl.dot(r, tl.trans(q), input_precision=PRECISION)
+        else:
+            raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
     if column_ptr is not None:
-        raw += load_column(column_ptr, rows, r_matrix[2])[None, :]
+        column = load_column(column_ptr, rows, matrix[2])
+        raw += column[:, None] if TRANSPOSED else column[None, :]
     return raw
 
 
@@ -141,9 +172,16 @@ def rotate_up(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def visible_mask(offs_m, offs_n, S, reach):
+def visible_mask(offs_m, offs_n, bounds):
     """True where query i may attend to key j; the two index arrays broadcast against each other."""
-    return (offs_n < S) & (offs_n < offs_m + reach)
+    keys, begin, reach = bounds
+    return (offs_n >= tl.maximum(offs_m + begin, 0)) & (offs_n < tl.minimum(offs_m + reach, keys))
+
+
+@triton.jit
+def edge_tile(edge, lower, upper):
+    """The number of a tile at either edge, with the tiles [lower, upper) between them left out."""
+    return tl.where(edge < lower, edge, edge + upper - lower)
 
 
 @triton.jit
@@ -195,15 +233,20 @@ def exp(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def softmax_gradient(s, lse, dp, delta, dtype: tl.constexpr):
-    """p = softmax(s) and ds = p (dp - delta), from scores and their log-sum-exp."""
-    p = exp(s - lse, dtype)
-    return p, p * (dp - delta)
+def load_row_stats(stats, offs_m, T):
+    """Log-sum-exp, what float32 lost of it, and delta of the given queries; queries beyond T have p = ds = 0."""
+    lse_ptr, rest_ptr, delta_ptr = stats
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))
+    delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+    rest = tl.zeros_like(delta)
+    if rest_ptr is not None:
+        rest = tl.load(rest_ptr + offs_m, mask=offs_m < T, other=0.0)
+    return lse, rest, delta
 
 
 @triton.jit
-def load_row_stats(lse_ptr, delta_ptr, offs_m, T):
-    """Log-sum-exp and delta of the given queries. Queries beyond T get +inf, so their p and ds are 0."""
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))
-    delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
-    return lse, delta
+def row_stats(lse_ptr, rest_ptr, delta_ptr, first):
+    """The three vectors of `load_row_stats` from element `first` on."""
+    if rest_ptr is not None:
+        rest_ptr += first
+    return lse_ptr + first, rest_ptr, delta_ptr + first
