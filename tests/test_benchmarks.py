@@ -185,6 +185,15 @@ def test_report_writes_table_figure_and_a_small_copy(tmp_path):
     assert readme.read_text() == text  # the copy says the same
 
 
+def test_report_tells_what_hidden_keys_save():
+    result = {
+        "hidden_keys": "half_lengths", "pass": "forward", "sizes": {"B": 4, "H": 8, "T": 1024, "M": 0, "D": 64},
+        "dtype": "float32", "seconds": {"ours": 0.05, "all keys": 0.1}, "ratio": {"all keys": 1.99}, "smoke": False,
+        "machine": MACHINE,
+    }  # fmt: skip
+    assert "| half_lengths | 4, 8 x 64, 1024 | forward | 50 | 100 | 1.99x |" in report.markdown([result])
+
+
 def test_report_refuses_what_means_nothing(tmp_path):
     good, smoke = saved_results(tmp_path / "a.json"), saved_results(tmp_path / "b.json", smoke=True)
     with pytest.raises(ValueError, match="smoke run"):

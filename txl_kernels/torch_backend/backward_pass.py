@@ -38,7 +38,7 @@ def backward(
     dtype, scale = compute_dtype(inputs.q.dtype), options.scale
     # q, q_pos, k and v are done with one group; what several add to stays in the compute dtype until the end.
     own = {name: torch.empty_like(x) for name, x in wanted.items() if name in ("q", "k", "v", "q_pos")}
-    totals = {name: torch.zeros_like(x, dtype=dtype) for name, x in wanted.items() if name not in own}
+    totals = {name: x.new_zeros(x.shape, dtype=dtype) for name, x in wanted.items() if name not in own}
     only_v = wanted.keys() == {"v"}
     from_position = {"q" if inputs.q_pos is None else "q_pos", "position_bias"} & wanted.keys()
     if inputs.r is None:
@@ -109,7 +109,7 @@ def backward(
     # q_content and q_position carry the scale into dk and dr; what multiplies k and r still lacks it.
     for name in totals.keys() & {"content_bias", "position_bias", "r_bias"}:
         totals[name] *= scale
-    grads = own | {name: total.to(wanted[name].dtype) for name, total in totals.items()}
+    grads = own | {name: torch.empty_like(wanted[name]).copy_(total) for name, total in totals.items()}
     return [grads.get(name) for name in DIFFERENTIABLE]
 
 

@@ -14,6 +14,7 @@ heads that share a key head are rows of one product: there are l = b * hk lanes 
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from txl_kernels.torch_backend.terms import Terms, part
 # smaller ones starve the matrix products.
 TILE_SCORES = 1 << 20
 MAX_ROWS = 256
-# A window of w keys makes tiles of t rows t + w keys wide: fewer rows waste less, down to this many.
+# A window of w keys makes tiles of t rows t + w keys wide, and raw scores without a causal edge are as much wider
+# than the keys: fewer rows waste less, down to this many.
 WINDOW_ROWS = 128
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
@@ -45,7 +47,9 @@ class Plan(NamedTuple):
     keys: int
 
 
-def plan(B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | None = None) -> Plan:
+def plan(
+    B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | None = None, both_sides: bool = False
+) -> Plan:
     """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one key head at least.
 
     Batches come first: they share r, so that the position term of all is one product.
@@ -55,10 +59,13 @@ def plan(B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | N
         H, T, S: query heads, queries and keys of the problem.
         heads_per_key: query heads for each key head; a group has all of them.
         window: left + right, or None where one of them is unlimited.
+        both_sides: whether the future is visible, so that t rows take t - 1 columns of raw scores more than keys.
     """
     most_rows, widest = MAX_ROWS, S
+    if both_sides:
+        most_rows = min(MAX_ROWS, max(WINDOW_ROWS, S // 4))
     if window is not None:
-        most_rows = min(MAX_ROWS, max(WINDOW_ROWS, window // 2))
+        most_rows = min(most_rows, max(WINDOW_ROWS, window // 2))
         widest = min(S, window + most_rows)
     most_rows = max(1, min(most_rows, TILE_SCORES // max(widest * heads_per_key, 1)))
     rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
@@ -72,13 +79,18 @@ def groups(inputs: Inputs, options: Options) -> Iterator["Group"]:
     """The groups of a problem."""
     (B, H, T, _), (Hk, S) = inputs.q.shape, inputs.k.shape[1:3]
     # Lanes of a group share r and the number of keys.
-    batched_r = inputs.r is not None and inputs.r.shape[0] > 1
-    alone = batched_r or (inputs.key_lengths is not None and terms.lengths_on_host(inputs))
+    alone = inputs.r is not None and inputs.r.shape[0] > 1
+    n_keys = [S] * B
+    if inputs.key_lengths is not None and terms.lengths_on_host(inputs):
+        n_keys = inputs.key_lengths.clamp(0, S).tolist()
     window = options.left + options.right if min(options.left, options.right) >= 0 else None
-    size = plan(1 if alone else B, H, T, S, H // Hk, window)
-    for heads in spans(H, size.heads):
-        for batches in spans(B, size.batches):
-            yield Group(inputs, options, batches, heads, size)
+    for (n, _), run in groupby(range(B), key=lambda b: (n_keys[b], alone and b)):
+        run = list(run)
+        size = plan(len(run), H, T, n, H // Hk, window, both_sides=options.right < 0)
+        for heads in spans(H, size.heads):
+            for part_of_run in spans(len(run), size.batches):
+                batches = slice(run[0] + part_of_run.start, run[0] + part_of_run.stop)
+                yield Group(inputs, options, batches, heads, size, n)
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -104,19 +116,17 @@ class Group:
         may_be_dead: whether a query may see no key of a tile that has some.
     """
 
-    def __init__(self, inputs: Inputs, options: Options, batches: slice, heads: slice, size: Plan) -> None:
+    def __init__(self, inputs: Inputs, options: Options, batches: slice, heads: slice, size: Plan, n_keys: int) -> None:
         q, scale = inputs.q, options.scale
         self.inputs, self.options, self.size = inputs, options, size
         self.batches, self.heads = batches, heads
         T, S = q.shape[2], inputs.k.shape[2]
         self.heads_per_key = q.shape[1] // inputs.k.shape[1]
         self.kv_heads = slice(heads.start // self.heads_per_key, heads.stop // self.heads_per_key)
-        self.memory, self.n_keys = S - T, S
+        self.memory, self.n_keys = S - T, n_keys
         dtype = compute_dtype(q.dtype)
 
         lengths, on_host = inputs.key_lengths, terms.lengths_on_host(inputs)
-        if lengths is not None and on_host:
-            self.n_keys = min(max(int(lengths[batches].max()), 0), S)
         self.k, self.v = (x[batches, self.kv_heads, : self.n_keys].to(dtype) for x in (inputs.k, inputs.v))
         if not on_host:  # what lies beyond may be NaN, which a weight of zero does not remove
             beyond = terms.beyond_lengths(inputs, batches, heads, slice(0, T), slice(0, S))[:, None, :, None]

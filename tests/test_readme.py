@@ -1,0 +1,86 @@
+"""The README's snippets for other models, run as they stand, against the formulas of those models."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from txl_kernels import rel_attention
+
+B, H, T, M, D = 2, 3, 5, 4, 8
+S = M + T
+SECTION = (
+    (Path(__file__).parent.parent / "README.md").read_text().split("## How the arguments map")[1].split("\n## ")[0]
+)
+SNIPPETS = dict(
+    zip(("Transformer-XL", "XLNet", "Conformer"), re.findall(r"```python\n(.*?)```", SECTION, re.S), strict=True)
+)
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def run(name, **variables):
+    exec(SNIPPETS[name], {"torch": torch, "rel_attention": rel_attention}, variables)
+    return variables["out"]
+
+
+def shifted(bd, n, first):
+    """bd (B, H, T, P) by pairs (B, H, T, n), where row 0 holds the distance `first`."""
+    distance = torch.arange(bd.shape[2])[:, None] + n - bd.shape[2] - torch.arange(n)
+    rows = first - distance
+    inside = (rows >= 0) & (rows < bd.shape[3])
+    return bd.gather(3, rows.clamp(0, bd.shape[3] - 1).expand(*bd.shape[:2], -1, -1)) * inside, distance
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_transformer_xl():
+    q, k, v, r, u, w = draw(T, B, H, D), draw(S, B, H, D), draw(S, B, H, D), draw(S, H, D), draw(H, D), draw(H, D)
+    out = run(
+        "Transformer-XL", w_head_q=q, w_head_k=k, w_head_v=v, r_head_k=r, r_w_bias=u, r_r_bias=w, mem_len=M, dropatt=0.0
+    )
+    bd, distance = shifted(torch.einsum("ibnd,jnd->bnij", q + w, r), S, S - 1)
+    score = (torch.einsum("ibnd,jbnd->bnij", q + u, k) + bd) / D**0.5
+    score = score.masked_fill((distance < 0) | (distance >= M), -torch.inf)
+    torch.testing.assert_close(out, torch.einsum("bnij,jbnd->bnid", score.softmax(-1), v))
+
+
+def test_xlnet():
+    q, k, v, r = draw(T, B, H, D), draw(S, B, H, D), draw(S, B, H, D), draw(S + T, B, H, D)
+    u, w, s, seg_embed = draw(H, D), draw(H, D), draw(H, D), draw(2, H, D)
+    q_ids = torch.randint(2, (B, T))
+    k_ids = torch.cat([torch.zeros(B, M, dtype=torch.long), q_ids], 1)
+    mask = (torch.rand(T, S, B, 1) < 0.3).double()
+    mask[:, 0] = 0
+    out = run(
+        "XLNet", q_head=q, k_head_h=k, v_head_h=v, k_head_r=r, r_w_bias=u, r_r_bias=w, r_s_bias=s, seg_embed=seg_embed,
+        attn_mask=mask, q_ids=q_ids, k_ids=k_ids,
+    )  # fmt: skip
+    bd, _ = shifted(torch.einsum("ibnd,jbnd->bnij", q + w, r), S, S)
+    other = (q_ids[:, :, None] != k_ids[:, None]).long()
+    ef = torch.einsum("ibnd,bijnd->bnij", q + s, seg_embed[other])
+    score = (torch.einsum("ibnd,jbnd->bnij", q + u, k) + bd + ef) / D**0.5 - 1e30 * mask.permute(2, 3, 0, 1)
+    torch.testing.assert_close(out, torch.einsum("bnij,jbnd->bnid", score.softmax(-1), v))
+
+
+def test_conformer():
+    q, k, v, p, u, w = (
+        draw(B, T, H, D),
+        draw(B, T, H, D),
+        draw(B, T, H, D),
+        draw(1, 2 * T - 1, H * D),
+        draw(H, D),
+        draw(H, D),
+    )
+    lengths = torch.tensor([T, 3])
+    out = run("Conformer", q=q, k=k, v=v, p=p, H=H, D=D, pos_bias_u=u, pos_bias_v=w, lengths=lengths)
+    bd, _ = shifted(torch.einsum("bihd,phd->bhip", q + w, p.view(-1, H, D)), T, T - 1)
+    score = (torch.einsum("bihd,bjhd->bhij", q + u, k) + bd) / D**0.5
+    score = score.masked_fill((torch.arange(T) >= lengths[:, None])[:, None, None], -torch.inf)
+    torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bhid", score.softmax(-1), v))
