@@ -1,5 +1,7 @@
 """Every kernel compiled ahead of time for GPUs that need not be there, with the compiler's resource report."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,15 +53,25 @@ def test_float32_kernels_fit_the_target(target, D):
         assert compile_launch(launch, target).shared_memory <= SHARED_MEMORY_LIMIT[target], name
 
 
-def test_lengths_do_not_compile_variants():
+@pytest.mark.parametrize("terms", ["", "all", "q_pos"])
+def test_lengths_do_not_compile_variants(terms):
     """One variant of every kernel serves all lengths, aligned or not, 1 included; 16 heads fill the dr kernel alone."""
     for D, H in ((64, 4), (64, 16), (41, 10)):
-        keys = {name: set() for name in (*KERNELS, *VECTOR_KERNELS)}
+        keys = {}
         for T in (1, 150, 160, 512, 513):
             for M in (0, 150, 512, 1600):
-                for name, launch in launches("sm_90", D, T=T, M=M, H=H).items():
-                    keys[name].add(specialization_key(launch))
+                for name, launch in launches("sm_90", D, T=T, M=M, H=H, terms=terms).items():
+                    keys.setdefault(name, set()).add(specialization_key(launch))
+        assert keys.keys() >= {*KERNELS, "row_stats_kernel"}
         assert {name: len(variants) for name, variants in keys.items()} == dict.fromkeys(keys, 1)
+
+
+def test_offsets_of_64_bits_compile():
+    """Strides of tensors with more than 2^31 elements."""
+    for name, launch in launches("sm_90", 64).items():
+        strides = {key: 2**33 for key in launch.values if key.startswith("stride") and key.endswith(("b", "h"))}
+        far = replace(launch, values=launch.values | strides)
+        assert compile_launch(far, "sm_90").shared_memory <= SHARED_MEMORY_LIMIT["sm_90"], name
 
 
 def test_a_missing_bias_is_a_variant_of_its_own():

@@ -142,6 +142,18 @@ def test_float_masks_of_every_shape(sizes, expanded, use_tiles):
     assert_all_close_to_truth(got, truth, reference)
 
 
+def test_offsets_beyond_two_to_the_31(use_tiles):
+    """Keys so far apart that the last of 18 lies beyond 2^31 elements; of the 4 GiB only their rows are touched."""
+    use_tiles(16, 16)
+    inputs, options = make_problem(frozenset(), **(SIZES | {"B": 1, "H": 1, "T": 5, "M": 13}), **HALF)
+    wanted = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    stride = 2**27
+    far = torch.zeros(17 * stride + 8, dtype=torch.float16).as_strided((1, 1, 18, 8), (1, 1, stride, 1))
+    inputs["k"] = far.copy_(inputs["k"])
+    got = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 def test_finite_minimum_as_a_mask_hides_nothing(use_tiles):
     """A row of the lowest finite numbers is a row of equal weights."""
     use_tiles(16, 16)
