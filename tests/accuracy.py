@@ -112,8 +112,13 @@ def outputs_and_gradients(
         results, upstream = {"out": out, "lse": lse}, [dout, dlse]
     if dout is not None:
         cotangents = [g.to(x.dtype) for g, x in zip(upstream, results.values(), strict=True)]
-        gradients = torch.autograd.grad(
-            list(results.values()), list(leaves.values()), cotangents, materialize_grads=True
+        # Sums of nothing, where no query sees a key, have no history in the definition.
+        parts = [(x, g) for x, g in zip(results.values(), cotangents, strict=True) if x.requires_grad]
+        outputs, cotangents = zip(*parts, strict=True) if parts else ((), ())
+        gradients = (
+            torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
+            if parts
+            else [torch.zeros_like(x) for x in leaves.values()]
         )
         results |= dict(zip(leaves, gradients, strict=True))
     return {name: x.detach() for name, x in results.items()}

@@ -264,7 +264,7 @@ def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _aligned(size: int) -> int:
-    return ALIGNMENT * _ceil_div(size, ALIGNMENT)
+    return ALIGNMENT * _ceil_div(max(size, 1), ALIGNMENT)
 
 
 def _ceil_div(a: int, b: int) -> int:
