@@ -12,13 +12,11 @@ from txl_kernels.triton_backend.primitives import (
     load_row_stats,
     load_rows,
     position_block,
-    r_table,
     rotate_down,
-    row_stats,
     select_block,
     store_rows,
 )
-from txl_kernels.triton_backend.scores import gradients, score_terms
+from txl_kernels.triton_backend.scores import dropout_key, gradients
 
 
 @triton.jit
@@ -188,18 +186,24 @@ def backward_dkv_kernel(
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
+    head_r_ptr = r_ptr
+    if r_ptr is not None:
+        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
     q_pos_matrix = None
     if q_pos_ptr is not None:
         q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dk_matrix = (head_pointer(dk_ptr, stride_dkb, stride_dkh, b, h, ALIGNED), stride_dkn, S)
     dv_matrix = (head_pointer(dv_ptr, stride_dvb, stride_dvh, b, h, ALIGNED), stride_dvn, S)
-    terms = score_terms(
-        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    lane = b * H + h
+    terms = (
+        (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
+        (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
+        (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
+        softcap, T, S,
     )  # fmt: skip
-    stats = row_stats(lse_ptr, rest_ptr, delta_ptr, bh * T)
+    stats = (lse_ptr, rest_ptr, delta_ptr, bh * T)
 
     offs_n = j0 + tl.arange(0, BLOCK_N)
     offs_y = tl.arange(0, BLOCK_M)

@@ -11,12 +11,10 @@ from txl_kernels.triton_backend.primitives import (
     load_row_stats,
     load_rows,
     position_block,
-    r_table,
     rotate_right,
-    row_stats,
     select_block,
 )
-from txl_kernels.triton_backend.scores import gradients, score_terms
+from txl_kernels.triton_backend.scores import dropout_key, gradients
 
 
 @triton.jit(
@@ -129,13 +127,19 @@ def backward_dmask_kernel(
         q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
         k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
         v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
-        table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
+        head_r_ptr = r_ptr
+        if r_ptr is not None:
+            head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+        table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
-        terms = score_terms(
-            segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-            seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+        lane = b * H + h
+        terms = (
+            (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
+            (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
+            (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
+            softcap, T, S,
         )  # fmt: skip
-        stats = row_stats(lse_ptr, rest_ptr, delta_ptr, (b * H + h) * T)
+        stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
         for i0 in tl.range(i_first, i_last, BLOCK_M):
             offs_m = i0 + offs_y
             q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)

@@ -11,12 +11,10 @@ from txl_kernels.triton_backend.primitives import (
     load_row_stats,
     load_rows,
     position_block,
-    r_table,
-    row_stats,
     shift_in,
     store_rows,
 )
-from txl_kernels.triton_backend.scores import gradients, same_segment, score_terms
+from txl_kernels.triton_backend.scores import dropout_key, gradients, same_segment
 
 
 @triton.jit
@@ -208,19 +206,25 @@ def backward_dq_kernel(
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
+    head_r_ptr = r_ptr
+    if r_ptr is not None:
+        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
-    terms = score_terms(
-        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    lane = b * H + h
+    terms = (
+        (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
+        (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
+        (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
+        softcap, T, S,
     )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
     offs_x = tl.arange(0, BLOCK_N)
     q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    lse, rest, delta = load_row_stats(row_stats(lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
+    lse, rest, delta = load_row_stats((lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
     # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.
     grads = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
     q_position = q

@@ -13,13 +13,11 @@ from txl_kernels.triton_backend.primitives import (
     load_query,
     load_row_stats,
     load_rows,
-    r_table,
     rotate_up,
-    row_stats,
     select_block,
     store_rows,
 )
-from txl_kernels.triton_backend.scores import gradients, score_terms
+from txl_kernels.triton_backend.scores import dropout_key, gradients
 
 
 @triton.jit
@@ -203,8 +201,11 @@ def backward_dr_kernel(
     # Every query that has a key at a row of [hidden_below, hidden_from) sees it, as far as lengths and masks allow.
     hidden_from = tl.minimum(P, rel_offset + reach)
     hidden_below = rel_offset + begin
-    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, part, h, P, hidden_from, ALIGNED)
-    r_matrix, head_column_ptr = table
+    head_r_ptr = r_ptr
+    if r_ptr is not None:
+        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED)
+    table = (head_r_ptr, stride_rp, hidden_from), (column_ptr, part * stride_cb + h * P)
+    r_matrix = table[0]
 
     offs_p = p0 + tl.arange(0, BLOCK_N)
     offs_y = tl.arange(0, BLOCK_M)
@@ -213,7 +214,7 @@ def backward_dr_kernel(
         r = load_rows(r_matrix, offs_p, DR, BLOCK_DR)
     column = tl.zeros((BLOCK_N,), tl.float32)
     if column_ptr is not None:
-        column = load_column(head_column_ptr, offs_p, hidden_from)
+        column = load_column(table[1], offs_p, hidden_from)
     dr = tl.zeros((BLOCK_N, BLOCK_DR), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -237,11 +238,14 @@ def backward_dr_kernel(
         if q_pos_ptr is not None:
             q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
-        terms = score_terms(
-            segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-            seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+        lane = b * H + h
+        terms = (
+            (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
+            (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
+            (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
+            softcap, T, S,
         )  # fmt: skip
-        stats = row_stats(lse_ptr, rest_ptr, delta_ptr, (b * H + h) * T)
+        stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
         for tile in tl.range(lower, upper):
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(

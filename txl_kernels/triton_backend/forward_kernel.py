@@ -10,11 +10,10 @@ from txl_kernels.triton_backend.primitives import (
     load_query,
     load_rows,
     position_block,
-    r_table,
     shift_in,
     store_rows,
 )
-from txl_kernels.triton_backend.scores import dropped, score_terms, scores
+from txl_kernels.triton_backend.scores import dropout_key, dropped, scores
 
 # Below every score but -inf: a row whose keys are all hidden keeps a sum of 0.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -159,11 +158,17 @@ def forward_kernel(
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    table = r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, r_rows, ALIGNED)
+    head_r_ptr = r_ptr
+    if r_ptr is not None:
+        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
-    terms = score_terms(
-        segment_ptr, q_ids_ptr, k_ids_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-        seed_ptr, softcap, keep_below, keep_scale, b, h, H, T, S,
+    lane = b * H + h
+    terms = (
+        (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
+        (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
+        (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
+        softcap, T, S,
     )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)

@@ -76,9 +76,9 @@ def load_query(matrix, rows, u_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_column(column_ptr, rows, n_rows):
-    """column[p] for the given rows of r, 0 outside the table; (len(rows),)."""
-    return tl.load(column_ptr + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
+def load_column(column, rows, n_rows):
+    """column[p] for the given rows of r, 0 outside the table; (len(rows),). column is (pointer, place of row 0)."""
+    return tl.load(column[0] + column[1] + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
 
 
 @triton.jit
@@ -91,16 +91,6 @@ def key_count(lengths_ptr, b, S):
 
 
 @triton.jit
-def r_table(r_ptr, stride_rb, stride_rh, stride_rp, column_ptr, stride_cb, b, h, P, n_rows, ALIGNED: tl.constexpr):
-    """What depends on the relative position in one (batch, head): the matrix of r and its column, each or None."""
-    if r_ptr is not None:
-        r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
-    if column_ptr is not None:
-        column_ptr += b * stride_cb + h * P
-    return (r_ptr, stride_rp, n_rows), column_ptr
-
-
-@triton.jit
 def position_block(
     q,
     table,
@@ -110,8 +100,11 @@ def position_block(
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """raw[ii, x] = (q_ii + v) . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose."""
-    matrix, column_ptr = table
+    """raw[ii, x] = (q_ii + v) . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose.
+
+    table is what depends on the relative position, the matrix of r and the column; the pointer of each may be None.
+    """
+    matrix, column = table
     if TRANSPOSED:
         raw = tl.zeros((rows.shape[0], q.shape[0]), tl.float32)
     else:
@@ -122,9 +115,9 @@ def position_block(
             raw = tl.dot(r, tl.trans(q), input_precision=PRECISION)
         else:
             raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
-    if column_ptr is not None:
-        column = load_column(column_ptr, rows, matrix[2])
-        raw += column[:, None] if TRANSPOSED else column[None, :]
+    if column[0] is not None:
+        bias = load_column(column, rows, matrix[2])
+        raw += bias[:, None] if TRANSPOSED else bias[None, :]
     return raw
 
 
@@ -234,19 +227,14 @@ def exp(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_row_stats(stats, offs_m, T):
-    """Log-sum-exp, what float32 lost of it, and delta of the given queries; queries beyond T have p = ds = 0."""
-    lse_ptr, rest_ptr, delta_ptr = stats
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < T, other=float("inf"))
-    delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+    """Log-sum-exp, what float32 lost of it, and delta of the given queries; queries beyond T have p = ds = 0.
+
+    stats is (pointers to the three, the second None where nothing was lost, and the place of query 0).
+    """
+    lse_ptr, rest_ptr, delta_ptr, first = stats
+    lse = tl.load(lse_ptr + first + offs_m, mask=offs_m < T, other=float("inf"))
+    delta = tl.load(delta_ptr + first + offs_m, mask=offs_m < T, other=0.0)
     rest = tl.zeros_like(delta)
     if rest_ptr is not None:
-        rest = tl.load(rest_ptr + offs_m, mask=offs_m < T, other=0.0)
+        rest = tl.load(rest_ptr + first + offs_m, mask=offs_m < T, other=0.0)
     return lse, rest, delta
-
-
-@triton.jit
-def row_stats(lse_ptr, rest_ptr, delta_ptr, first):
-    """The three vectors of `load_row_stats` from element `first` on."""
-    if rest_ptr is not None:
-        rest_ptr += first
-    return lse_ptr + first, rest_ptr, delta_ptr + first

@@ -1,8 +1,15 @@
 """From AC + BD to the softmax: scale and the optional terms of a score, each in one place for all kernels.
 
 The index arrays offs_m (queries) and offs_n (keys) have the shape of the tile or broadcast to it, so that the same
-code serves tiles with queries as rows, their transposes, and tiles in the coordinates of r. A term that is absent is a
-None among the `terms`, and compiles to nothing.
+code serves tiles with queries as rows, their transposes, and tiles in the coordinates of r.
+
+The `terms` of one (batch, head) are a tuple; a term that is absent has None for its first element, and compiles to
+nothing (Triton 3.6 cannot return a None, so every kernel builds the tuple itself):
+
+    segment: pointers to the scores, the ids of queries and those of keys; the places of their elements 0
+    mask:    pointer, place of its element 0, strides of queries and keys
+    dropout: pointer to the seed, key of the (batch, head), bound of the hash, factor of what stays
+    softcap, T, S
 """
 
 import triton
@@ -19,38 +26,12 @@ COLUMN_KEY = tl.constexpr(dropout.COLUMN_KEY)
 
 
 @triton.jit
-def score_terms(
-    segment_ptr,
-    q_ids_ptr,
-    k_ids_ptr,
-    mask_ptr,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    seed_ptr,
-    softcap,
-    keep_below,
-    keep_scale,
-    b,
-    h,
-    H,
-    T,
-    S,
-):
-    """The optional terms of one (batch, head), as `scores` and the others take them."""
-    lane = b * H + h
-    if segment_ptr is not None:
-        segment_ptr += lane * T * 2
-        q_ids_ptr += b * T
-        k_ids_ptr += b * S
-    if mask_ptr is not None:
-        mask_ptr += b * stride_mb + h * stride_mh
-    key = 0
+def dropout_key(seed_ptr, lane):
+    """What the dropout hash of one (batch, head) starts from; 0 without dropout."""
+    key = tl.full((), 0, tl.uint32)
     if seed_ptr is not None:
         key = _lane_key(seed_ptr, lane)
-    segment = (segment_ptr, q_ids_ptr, k_ids_ptr)
-    return segment, (mask_ptr, stride_mm, stride_mn), (seed_ptr, key, keep_below, keep_scale), softcap, T, S
+    return key
 
 
 @triton.jit
@@ -58,17 +39,17 @@ def scores(products, terms, offs_m, offs_n, bounds, scale, dtype: tl.constexpr, 
     """The scores of a tile from its products AC + BD, and the slope of the softcap (1 without one)."""
     segment, mask, _, softcap, T, S = terms
     if segment[0] is not None:
-        products += _segment_scores(segment, offs_m, offs_n, T, S)
+        products += _segment_scores(terms, offs_m, offs_n)
     s = products * scale
     slope = 1.0
     if softcap is not None:
         bounded = _tanh(s / softcap, dtype)
         s = softcap * bounded
         slope = 1.0 - bounded * bounded
-    mask_ptr, stride_mm, stride_mn = mask
+    mask_ptr, first, stride_mm, stride_mn = mask
     if mask_ptr is not None:
         inside = (offs_m < T) & (offs_n >= 0) & (offs_n < S)
-        ptrs = mask_ptr + offs_m.to(tl.int64) * stride_mm + offs_n.to(tl.int64) * stride_mn
+        ptrs = mask_ptr + first + offs_m.to(tl.int64) * stride_mm + offs_n.to(tl.int64) * stride_mn
         if mask_ptr.dtype.element_ty == tl.uint8:
             s = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, s, float("-inf"))
         else:
@@ -107,18 +88,18 @@ def gradients(
 @triton.jit
 def same_segment(terms, offs_m, offs_n):
     """Whether query and key are of one segment."""
-    _, q_ids_ptr, k_ids_ptr = terms[0]
-    q_ids = tl.load(q_ids_ptr + offs_m, mask=offs_m < terms[4], other=0)
-    k_ids = tl.load(k_ids_ptr + offs_n, mask=(offs_n >= 0) & (offs_n < terms[5]), other=0)
+    _, q_ids_ptr, k_ids_ptr, _, first_q, first_k = terms[0]
+    q_ids = tl.load(q_ids_ptr + first_q + offs_m, mask=offs_m < terms[4], other=0)
+    k_ids = tl.load(k_ids_ptr + first_k + offs_n, mask=(offs_n >= 0) & (offs_n < terms[5]), other=0)
     return q_ids == k_ids
 
 
 @triton.jit
-def _segment_scores(segment, offs_m, offs_n, T, S):
-    score_ptr = segment[0]
-    same = tl.load(score_ptr + 2 * offs_m, mask=offs_m < T, other=0.0).to(tl.float32)
-    other = tl.load(score_ptr + 2 * offs_m + 1, mask=offs_m < T, other=0.0).to(tl.float32)
-    return tl.where(same_segment((segment, None, None, None, T, S), offs_m, offs_n), same, other)
+def _segment_scores(terms, offs_m, offs_n):
+    ptrs = terms[0][0] + 2 * (terms[0][3] + offs_m)
+    same = tl.load(ptrs, mask=offs_m < terms[4], other=0.0).to(tl.float32)
+    other = tl.load(ptrs + 1, mask=offs_m < terms[4], other=0.0).to(tl.float32)
+    return tl.where(same_segment(terms, offs_m, offs_n), same, other)
 
 
 @triton.jit
