@@ -77,6 +77,17 @@ def test_each_gradient_alone(name, use_tiles):
         assert torch.equal(got, together[wanted]), wanted
 
 
+def test_float32_beside_float16(use_tiles):
+    """What is added in float32 may come in float32, and gets its gradient in float32."""
+    use_tiles(16, 16)
+    inputs, options = make_problem(frozenset({"row bias", "float mask", "segment"}), **SIZES, **HALF)
+    for name in ("content_bias", "position_bias", "r_bias", "attn_mask", "segment_scores"):
+        inputs[name] = inputs[name].float()
+    truth, reference = truth_and_reference(inputs, *upstream(inputs), **options)
+    got = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    assert_all_close_to_truth(got, truth, reference)
+
+
 @pytest.mark.parametrize("feature", ["bool mask", "float mask", "key lengths"])
 def test_queries_without_a_key(feature, use_tiles):
     """Output exactly 0, log-sum-exp -inf, no gradient, whatever comes from above."""

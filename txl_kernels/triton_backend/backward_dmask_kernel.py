@@ -105,14 +105,14 @@ def backward_dmask_kernel(
     column_tiles = tl.where(j_full, tl.cdiv(S, BLOCK_N), 1)
     tile_i = tl.program_id(0) // column_tiles
     tile_j = tl.program_id(0) % column_tiles
-    lane = tl.program_id(1).to(tl.int64)
+    mask_lane = tl.program_id(1).to(tl.int64)
     i_first = tl.where(i_full, tile_i * BLOCK_M, 0)
     i_last = tl.where(i_full, tl.minimum(T, i_first + BLOCK_M), T)
     j_first = tl.where(j_full, tile_j * BLOCK_N, 0)
     j_last = tl.where(j_full, tl.minimum(S, j_first + BLOCK_N), S)
-    b_first = tl.where(mask_b == B, lane // mask_h, 0)
+    b_first = tl.where(mask_b == B, mask_lane // mask_h, 0)
     b_last = tl.where(mask_b == B, b_first + 1, B)
-    h_first = tl.where(mask_h == H, lane % mask_h, 0)
+    h_first = tl.where(mask_h == H, mask_lane % mask_h, 0)
     h_last = tl.where(mask_h == H, h_first + 1, H)
 
     r_rows = tl.minimum(P, rel_offset + reach)
@@ -173,7 +173,7 @@ def backward_dmask_kernel(
                 )  # fmt: skip
                 dmask += ds
 
-    ptr = dmask_ptr + lane * mask_t * mask_s
+    ptr = dmask_ptr + mask_lane * mask_t * mask_s
     offs_m = (i_first + offs_y).to(tl.int64)
     offs_n = j_first + offs_x
     if i_full:
