@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import KERNELS, MUTATIONS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,3 +60,10 @@ def test_it_works_in_an_empty_environment(wheel, tmp_path):
     without_compiler = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     found = run(environment / "bin" / "python", "-c", program, cwd=tmp_path, env=without_compiler)
     assert found.startswith(str(packages))
+
+
+def test_every_mutation_finds_its_line():
+    """The list of tests/mutations.py follows the code."""
+    for name, (file, old, new) in MUTATIONS.items():
+        assert old in (ROOT / KERNELS / file).read_text(), name
+        assert old != new, name
