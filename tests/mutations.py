@@ -63,7 +63,7 @@ MUTATIONS = {
     "dr: rows below the window not cleared": ("backward_dr_kernel.py", "(offs_p >= hidden_below) &", "(offs_p >= 0) &"),
     "dr: r_bias gradient dropped": ("backward_dr_kernel.py", "tl.store(dr_bias_ptr + (part * H + h) * P + offs_p, colsum,", "tl.store(dr_bias_ptr + (part * H + h) * P + offs_p, 0 * colsum,"),
     "lengths: one key too many": ("primitives.py", "tl.maximum(tl.load(lengths_ptr + b), 0)", "tl.maximum(tl.load(lengths_ptr + b) + 1, 0)"),
-    "mask: float mask before the softcap": ("scores.py", "s += tl.load(ptrs", "s += 0.99 * tl.load(ptrs"),
+    "mask: float mask before the softcap": ("scores.py", "s += tl.where(bias ==", "s += 0.99 * tl.where(bias =="),
     "mask: rows and columns swapped": ("scores.py", "offs_m.to(tl.int64) * stride_mm", "offs_n.to(tl.int64) * stride_mm"),
     "segment: the other score": ("scores.py", "same, other)", "other, same)"),
     "segment: sums swapped": ("backward_dq_kernel.py", "tl.where(same, ds, 0.0)", "tl.where(same, 0.0, ds)"),

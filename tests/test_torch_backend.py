@@ -389,6 +389,15 @@ def test_nan_beyond_the_lengths_reaches_nothing(features, on_host, tiling, monke
     assert_all_close_to_truth(run(inputs, dout, dlse, **options), truth, reference)
 
 
+@pytest.mark.parametrize(("T", "M", "window", "lengths"), [(20, 0, (2, 0), [5, 15]), (33, 16, (1, 33), [37, 27])])
+def test_dead_queries_of_a_window_beyond_the_lengths(T, M, window, lengths, tiling):
+    """In tiles that have keys, for other queries."""
+    inputs, options = make_problem(frozenset(), H=2, T=T, M=M, D=4)
+    options |= {"window": window, "key_lengths": torch.tensor(lengths)}
+    assert_right(inputs, **options)
+    assert (run(inputs, **options)["lse"] == -torch.inf).any()
+
+
 def test_hidden_keys_are_not_multiplied():
     """The work of a window grows with the window, that of short batch elements with their lengths."""
 

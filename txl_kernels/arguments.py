@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,15 @@ class Inputs(NamedTuple):
         """P, the number of relative positions, 0 where nothing depends on them."""
         table = self.r_bias if self.r is None else self.r[..., 0]
         return 0 if table is None else table.shape[-1]
+
+    @property
+    def kernel_lse_dtype(self) -> torch.dtype:
+        """What the Triton kernels keep the log-sum-exp in: an error of it scales a whole row of the backward's weights.
+
+        float32 inputs deserve more than float32 has, and a row of low mask values (-1e9) would leave it no digits.
+        """
+        large = self.attn_mask is not None and self.attn_mask.is_floating_point()
+        return torch.float64 if large or self.q.dtype is torch.float32 else torch.float32
 
 
 DIFFERENTIABLE = Inputs._fields[:10]

@@ -98,8 +98,8 @@ def rel_attention(
     All inputs but ids and lengths have gradients, each in its own dtype, summed over what it is broadcast along. Any
     strides with a unit last stride (time-major views) are read in place; another last stride is copied. Nothing of
     size T x S or T x P is stored, unless the caller passes a mask of that size. Results repeat bit for bit. Under
-    ``torch.autocast`` q, k, v, r, q_pos and 16-bit masks and segment scores are cast to the autocast dtype, the biases
-    are not. Second derivatives are not implemented.
+    ``torch.autocast`` q, k, v, r, q_pos are cast to the autocast dtype; biases, masks and segment scores stay in
+    float32 where they have it. Second derivatives are not implemented.
 
     Raises:
         TypeError: A tensor, dtype, device or option is not of a kind listed above.
@@ -108,7 +108,9 @@ def rel_attention(
     """
     if isinstance(q, Tensor) and op.autocast_enabled(q):
         q, k, v, r, q_pos = map(_autocast, (q, k, v, r, q_pos))
-        attn_mask = _autocast_half(attn_mask)
+        content_bias, position_bias, r_bias, attn_mask = map(
+            _autocast_half, (content_bias, position_bias, r_bias, attn_mask)
+        )
         if isinstance(segment, (tuple, list)):
             segment = (*map(_autocast_half, segment),)
     check_inputs(

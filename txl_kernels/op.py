@@ -56,12 +56,6 @@ def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()
 
 
-def _lse_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
-    # The kernels' float32 backward wants it exactly; the torch backend's does not read it.
-    exact = dtype is torch.float64 or (dtype is torch.float32 and backend == "triton")
-    return torch.float64 if exact else torch.float32
-
-
 def _normalized(inputs: Inputs) -> Inputs:
     """What the backends ask for beyond the public contract: unit last strides, four dimensions of r and mask."""
     q, k, v, r, q_pos = (
@@ -81,8 +75,13 @@ def _forward(*args):
         return run(_normalized(inputs), Options(left, right, scale, first_distance, softcap, dropout_p))
 
 
-def _forward_fake(q, *args):
-    return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.dtype, args[-1]))
+def _forward_fake(*args):
+    inputs, backend = Inputs(*args[:_N_INPUTS]), args[-1]
+    q = inputs.q
+    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    if backend == "triton":
+        lse_dtype = inputs.kernel_lse_dtype
+    return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _backward(dout, dlse, *args):

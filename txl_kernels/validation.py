@@ -1,5 +1,6 @@
 """Checks of the public arguments. Every message names the argument, what was wanted and what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,9 +59,9 @@ def check_inputs(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     if scale is not None:
-        _check_number("scale", scale)
+        _check_finite("scale", scale)
     if softcap is not None:
-        _check_number("softcap", softcap)
+        _check_finite("softcap", softcap)
         if not softcap > 0:
             raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if first_distance is None:
@@ -140,7 +141,7 @@ def _check_visibility(
             raise ValueError(f"attn_mask: expected a shape that broadcasts to (B, H, T, S) = {full}, got {shape}")
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, q, (batch,), "(B,)")
-        if key_lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        if key_lengths.device.type == "cpu" and batch and _has_values(key_lengths):
             low, high = key_lengths.aminmax()
             if low < 0 or high > kv_len:
                 raise ValueError(
@@ -221,11 +222,26 @@ def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...], legend: str) -> 
         raise ValueError(f"{name}: expected shape {legend} = {wanted}, got {tuple(x.shape)}")
 
 
+def _has_values(x: Tensor) -> bool:
+    """Whether values can be read: not while a graph is traced, nor of fake tensors or those of functorch."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _check_number(name: str, x: float) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a float, got {type(x).__name__}")
 
 
+def _check_finite(name: str, x: float) -> None:
+    _check_number(name, x)
+    if not isinstance(x, torch.SymFloat) and not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite number, got {x}")
+
+
 def _check_int(name: str, x: int) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    if isinstance(x, int) and not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {x}")

@@ -22,6 +22,16 @@ def _optional(terms: str, B: int, H: int, T: int, S: int, D: int, empty) -> dict
         "key_lengths": empty(B, dtype=torch.int64),
         "seed": empty(dtype=torch.int64),
     }
+    if terms == "no r":
+        changes |= {
+            "r": None,
+            "content_bias": None,
+            "position_bias": None,
+            "attn_mask": empty(B, 1, 1, S, dtype=torch.bool),
+        }
+        changes |= {"k": empty(B, H // 2, S, D), "v": empty(B, H // 2, S, D)}
+    if terms == "batched r":
+        changes |= {"r": empty(B, H, S, D), "key_lengths": empty(B, dtype=torch.int32)}
     if terms == "q_pos":
         changes |= {"position_bias": None, "q_pos": empty(B, H, T, D // 2), "r": empty(1, H, S, D // 2)}
     return changes
@@ -40,7 +50,8 @@ def launches(
 ) -> dict[str, Launch]:
     """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch.
 
-    With terms = "all" every optional term of a score is there, with "q_pos" also a position query of half the width.
+    With terms = "all" every optional term of a score is there; with "q_pos" also a position query of half the width,
+    with "no r" grouped heads, a boolean mask and a row bias alone, with "batched r" an r by batch element.
     """
     B, S = 2, M + T
 
@@ -52,7 +63,7 @@ def launches(
     inputs = Inputs(q, k, v, r, bias, bias)._replace(**_optional(terms, B, H, T, S, D, empty))
     softcap, dropout_p = (30.0, 0.1) if terms else (None, 0.0)
     options = Options(-1, 0, D**-0.5, S - 1, softcap, dropout_p)
-    needs_grad = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
+    needs_grad = [(x := getattr(inputs, n)) is not None and x.is_floating_point() for n in DIFFERENTIABLE]
 
     def run() -> None:
         out, lse = launch.forward(inputs, options)

@@ -35,12 +35,22 @@ def test_padded_and_largest_head_size(D):
         assert compile_launch(launch, "sm_90").shared_memory <= SHARED_MEMORY_LIMIT["sm_90"], name
 
 
-@pytest.mark.parametrize("terms", ["all", "q_pos"])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("target", "terms"),
+    [
+        ("sm_80", "all"),
+        ("sm_90", "all"),
+        ("gfx942", "all"),
+        ("sm_90", "q_pos"),
+        ("sm_90", "no r"),
+        ("sm_90", "batched r"),
+    ],
+)
 def test_optional_terms_compile(target, terms):
-    """Masks, lengths, segments, softcap, dropout and row biases at once, and a position query of its own."""
+    """Masks, lengths, segments, softcap, dropout and row biases at once, with every form of r."""
     recorded = launches(target, 64, terms=terms)
-    assert set(recorded) >= {*KERNELS, "backward_dmask_kernel", "row_stats_kernel"}
+    assert set(recorded) >= {*KERNELS, "row_stats_kernel"}
+    assert ("backward_dmask_kernel" in recorded) == (terms != "no r")
     for name, launch in recorded.items():
         assert compile_launch(launch, target).shared_memory <= SHARED_MEMORY_LIMIT[target], name
 

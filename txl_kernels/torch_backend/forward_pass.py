@@ -24,7 +24,9 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         return result
 
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
-    attend = _attend_fused if plain and Hk == H and T < tiles.MANY_ROWS else _attend
+    may_be_dead = inputs.key_lengths is not None and options.left >= 0
+    fits = plain and Hk == H and T < tiles.MANY_ROWS and not may_be_dead
+    attend = _attend_fused if fits else _attend
     for group in groups(inputs, options):
         for rows in spans(T, group.size.rows):
             tile = Tile(group, rows)

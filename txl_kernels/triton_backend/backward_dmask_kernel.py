@@ -97,15 +97,16 @@ def backward_dmask_kernel(
 ):
     """dmask, contiguous (mask_b, mask_h, mask_t, mask_s) in float32, each size full or 1: the sum over what it serves.
 
-    Grid: (tiles of mask_t * tiles of mask_s, mask_b * mask_h). A tile is one row high or one column wide where the mask
+    Grid: (tiles of mask_s * mask_t * mask_b * mask_h,). A tile is one row high or one column wide where the mask
     has size 1, and the program then walks all queries or keys; likewise batch elements and heads.
     """
     i_full = mask_t == T
     j_full = mask_s == S
     column_tiles = tl.where(j_full, tl.cdiv(S, BLOCK_N), 1)
-    tile_i = tl.program_id(0) // column_tiles
     tile_j = tl.program_id(0) % column_tiles
-    mask_lane = tl.program_id(1).to(tl.int64)
+    row_tiles = tl.where(i_full, tl.cdiv(T, BLOCK_M), 1)
+    tile_i = tl.program_id(0) // column_tiles % row_tiles
+    mask_lane = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
     i_first = tl.where(i_full, tile_i * BLOCK_M, 0)
     i_last = tl.where(i_full, tl.minimum(T, i_first + BLOCK_M), T)
     j_first = tl.where(j_full, tile_j * BLOCK_N, 0)
@@ -127,9 +128,10 @@ def backward_dmask_kernel(
         q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
         k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
         v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
-        head_r_ptr = r_ptr
         if r_ptr is not None:
             head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+        else:
+            head_r_ptr: tl.constexpr = None
         table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
         lane = b * H + h

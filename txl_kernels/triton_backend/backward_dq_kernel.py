@@ -206,9 +206,10 @@ def backward_dq_kernel(
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    head_r_ptr = r_ptr
     if r_ptr is not None:
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    else:
+        head_r_ptr: tl.constexpr = None
     table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)

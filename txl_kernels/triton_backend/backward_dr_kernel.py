@@ -201,9 +201,10 @@ def backward_dr_kernel(
     # Every query that has a key at a row of [hidden_below, hidden_from) sees it, as far as lengths and masks allow.
     hidden_from = tl.minimum(P, rel_offset + reach)
     hidden_below = rel_offset + begin
-    head_r_ptr = r_ptr
     if r_ptr is not None:
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED)
+    else:
+        head_r_ptr: tl.constexpr = None
     table = (head_r_ptr, stride_rp, hidden_from), (column_ptr, part * stride_cb + h * P)
     r_matrix = table[0]
 

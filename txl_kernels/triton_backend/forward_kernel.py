@@ -158,9 +158,10 @@ def forward_kernel(
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
-    head_r_ptr = r_ptr
     if r_ptr is not None:
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+    else:
+        head_r_ptr: tl.constexpr = None
     table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
     lane = b * H + h

@@ -29,9 +29,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     q = inputs.q
     with _on_device_of(q):
         out = torch.empty_like(q)
-        # In float32, an error of the log-sum-exp would scale a whole row of the backward's weights.
-        stat_dtype = torch.float64 if q.dtype is torch.float32 else torch.float32
-        lse = torch.empty(q.shape[:3], dtype=stat_dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
         call = _Call(inputs, options, others=(out,))
         tiling = call.tiling("forward")
         forward_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
@@ -82,7 +80,9 @@ class _Call:
         self.r_batches = 1 if r is None else len(r)
         self.DR = self.D if r is None else r.shape[-1]
         rows = [x for x in (q, k, v, self.r, inputs.q_pos, *others) if x is not None]
-        self.aligned = all(_is_aligned(x) for x in rows)
+        # The gradient of q_pos may be denser than q_pos.
+        dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
+        self.aligned = dense and all(_is_aligned(x) for x in rows)
         self.difference = None if r is None or inputs.q_pos is not None else _bias_difference(*inputs[4:6])
         column = self._column()
         self.arguments = {
@@ -275,7 +275,7 @@ def _mask_gradient(call: _Call, shared: dict) -> tuple[Tensor]:
     mask_b, mask_h, mask_t, mask_s = mask.shape
     tiling = call.tiling("dmask")
     tiles = (triton.cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
-    backward_dmask_kernel[(math.prod(tiles), mask_b * mask_h)](
+    backward_dmask_kernel[(math.prod(tiles) * mask_b * mask_h,)](
         **call.arguments,
         **shared,
         B=call.B,

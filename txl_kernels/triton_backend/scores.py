@@ -23,6 +23,8 @@ MIX_2 = tl.constexpr(dropout.MIX_2)
 ROW = tl.constexpr(dropout.ROW)
 COLUMN = tl.constexpr(dropout.COLUMN)
 COLUMN_KEY = tl.constexpr(dropout.COLUMN_KEY)
+# Finite mask values go no lower: float32 scores vanish beside this one already, and a float64 log-sum-exp does not.
+LOWEST_BIAS = tl.constexpr(-1e10)
 
 
 @triton.jit
@@ -53,7 +55,8 @@ def scores(products, terms, offs_m, offs_n, bounds, scale, dtype: tl.constexpr, 
         if mask_ptr.dtype.element_ty == tl.uint8:
             s = tl.where(tl.load(ptrs, mask=inside, other=0) != 0, s, float("-inf"))
         else:
-            s += tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+            bias = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+            s += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LOWEST_BIAS))
     if MASKED:
         s = tl.where(visible_mask(offs_m, offs_n, bounds), s, float("-inf"))
     return s, slope
@@ -77,10 +80,7 @@ def gradients(
     p = softmax(s) and ds = p (dp - delta), from the products, their log-sum-exp and dp = dout . v.
     """
     s, slope = scores(products, terms, offs_m, offs_n, bounds, scale, dtype, MASKED)
-    s -= lse
-    if dtype == tl.float32:
-        s -= rest
-    p = exp(s, dtype)
+    p = exp((s - lse) - rest, dtype)
     ds = p * (dropped(dp, terms, offs_m, offs_n) - delta)
     return dropped(p, terms, offs_m, offs_n), ds, ds * slope
 

@@ -81,10 +81,9 @@ def row_stats_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + bh * T + offs_m, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + bh * T + offs_m, delta, mask=inside)
-
     lse = tl.load(lse_ptr + bh * T + offs_m, mask=inside, other=0.0)
     empty = lse == float("-inf")
+    tl.store(delta_ptr + bh * T + offs_m, tl.where(empty, 0.0, delta), mask=inside)
     tl.store(lse_stat_ptr + bh * T + offs_m, tl.where(empty, float("inf"), lse.to(tl.float32)), mask=inside)
     if rest_ptr is not None:
         rest = tl.where(empty, 0.0, lse) - tl.where(empty, 0.0, lse.to(tl.float32))
