@@ -139,11 +139,14 @@ def test_tiles_outside_the_window_are_skipped(use_tiles):
 
 
 def test_keys_beyond_the_lengths_are_not_read(use_tiles):
+    """A length inside a tile that every query sees whole: what lies beyond has no gradient, and may be NaN."""
     use_tiles(16, 16)
     inputs, options = make_problem(frozenset({"bidirectional"}), **SIZES)
     options["key_lengths"] = torch.tensor([11, 30])
     clean = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    assert_all_close_to_truth(clean, *truth_and_reference(inputs, *upstream(inputs), **options))
     for name in ("k", "v"):
+        assert torch.count_nonzero(clean[name][0, :, 11:]) == 0
         inputs[name][0, :, 11:] = float("nan")
     got = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
     assert all(torch.equal(got[name], clean[name]) for name in clean)
