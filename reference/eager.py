@@ -113,19 +113,18 @@ def rel_attention_original(
         out (B, H, T, D), a view of (T, B, H, D).
     """
     q, k, v, r = (*(x.permute(2, 0, 1, 3) for x in (q, k, v)), r.transpose(0, 1))
-    score = relative_scores(q, k, r, content_bias, position_bias, 1 / math.sqrt(q.shape[3]))
+    ac = torch.einsum("ibnd,jbnd->ijbn", q + content_bias, k)
+    bd = torch.einsum("ibnd,jnd->ijbn", q + position_bias, r)
+    score = (ac + rel_shift_original(bd)).mul_(1 / math.sqrt(q.shape[3]))
     score = score.masked_fill(_future_keys(len(q), len(k), q.device)[:, :, None, None], float("-inf"))
     return torch.einsum("ijbn,jbnd->ibnd", torch.softmax(score, dim=1), v).permute(1, 2, 0, 3)
 
 
-def relative_scores(q: Tensor, k: Tensor, r: Tensor, u: Tensor, w: Tensor, scale: float) -> Tensor:
-    """The original's scores (T, S, B, H) before masking, of q (T, B, H, D), k (S, B, H, D) and r (S, H, D)."""
-    ac = torch.einsum("ibnd,jbnd->ijbn", q + u, k)
-    bd = torch.einsum("ibnd,jnd->ijbn", q + w, r)
-    T, S, *rest = bd.shape
-    padded = torch.cat([bd.new_zeros(T, 1, *rest), bd], dim=1)
-    score = ac + padded.view(S + 1, T, *rest)[1:].view_as(bd)
-    return score.mul_(scale)
+def rel_shift_original(x: Tensor) -> Tensor:
+    """The original's rel-shift of x (T, S, B, H); what comes to stand at a key of the future is of the next query."""
+    T, S, *rest = x.shape
+    padded = torch.cat([x.new_zeros(T, 1, *rest), x], dim=1)
+    return padded.view(S + 1, T, *rest)[1:].view_as(x)
 
 
 def _rel_shift(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from reference.eager import rel_shift_original
+
 
 class _RelMultiHeadAttn(nn.Module):
     """What both layers share (Dai et al. 2019, arXiv 1901.02860).
@@ -101,7 +103,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         r_heads = self.r_net(r).view(len(r), self.n_head, self.d_head)
         ac = torch.einsum("ibnd,jbnd->ijbn", q + r_w_bias, k)
         bd = torch.einsum("ibnd,jnd->ijbn", q + r_r_bias, r_heads)
-        return self._output(w, ac + _rel_shift(bd), v, attn_mask)
+        return self._output(w, ac + rel_shift_original(bd), v, attn_mask)
 
 
 class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
@@ -138,11 +140,4 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
             r_emb, r_bias = r_emb[-S:], r_bias[-S:]
         ac = torch.einsum("ibnd,jbnd->ijbn", q + r_w_bias, k)
         bd = torch.einsum("ibnd,jnd->ijbn", q, r_emb) + r_bias[None, :, None]
-        return self._output(w, ac + _rel_shift(bd), v, attn_mask)
-
-
-def _rel_shift(x: Tensor) -> Tensor:
-    """Moves row i of x (T, S, B, H) left by T - 1 - i: pad a zero column, view, drop the first row."""
-    T, S, *rest = x.shape
-    padded = torch.cat([x.new_zeros(T, 1, *rest), x], dim=1)
-    return padded.view(S + 1, T, *rest)[1:].view_as(x)
+        return self._output(w, ac + rel_shift_original(bd), v, attn_mask)
