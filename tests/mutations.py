@@ -4,10 +4,12 @@ A mutation whose line is gone is an error, so that this list follows the code.
 """
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,7 @@ MUTATIONS = {
     "dkv: content bias gradient not scaled": ("backward_dkv_kernel.py", "k.to(tl.float32), 0) * scale", "k.to(tl.float32), 0)"),
     "dkv: column sum of ds dropped": ("backward_dkv_kernel.py", "colsum + tl.sum(ds, 1)", "colsum"),
     "dr: key off by one": ("backward_dr_kernel.py", "c + i0, bounds", "c + i0 + 1, bounds"),
-    "dr: key before the first visible": ("primitives.py", "tl.maximum(offs_m + begin, 0)", "tl.maximum(offs_m + begin, -1)"),
+    "dr: key before the first visible": ("primitives.py", "visible = (offs_n >= 0)", "visible = (offs_n >= -1)"),
     "dr: first tile skipped": ("primitives.py", "edge < lower, edge,", "edge < lower, edge + 1,"),
     "dr: tiles at the end skipped": ("backward_dr_kernel.py", "n_tiles - (upper - lower), num", "lower, num"),
     "dr: rows of the future not cleared": ("backward_dr_kernel.py", "(offs_p < hidden_from)\n", "(offs_p < P)\n"),
@@ -53,7 +55,7 @@ MUTATIONS = {
     "delta: gradient of the log-sum-exp dropped": ("vector_kernels.py", "delta -= tl.load", "delta -= 0 * tl.load"),
     "launcher: distance of row 0 off by one": ("launch.py", "options.first_distance - M,", "options.first_distance - M + 1,"),
     "launcher: bias difference with the wrong sign": ("launch.py", "difference - content_bias.float()", "difference + content_bias.float()"),
-    "window: left bound off by one": ("primitives.py", "tl.maximum(offs_m + begin, 0)", "tl.maximum(offs_m + begin + 1, 0)"),
+    "window: left bound off by one": ("primitives.py", "offs_n >= offs_m + begin", "offs_n >= offs_m + begin + 1"),
     "forward: first tile of the window skipped": ("forward_kernel.py", "tl.range(start, tl.minimum", "tl.range(start + BLOCK_N, tl.minimum"),
     "forward: left edge unmasked": ("forward_kernel.py", "tl.minimum(i0 + BLOCK_M, T) - 1 + begin", "i0 + begin"),
     "dq: left edge unmasked": ("backward_dq_kernel.py", "tl.minimum(i0 + BLOCK_M, T) - 1 + begin", "i0 + begin"),
@@ -78,8 +80,8 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-def survives(file: str, old: str, new: str) -> bool:
-    """Whether the tests pass with the mutation in a copy of the project."""
+def survives(file: str, old: str, new: str, cache: str) -> bool:
+    """Whether the tests pass with the mutation in a copy of the project; those that failed before go first."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
         for name in ("txl_kernels", "reference", "tests"):
@@ -90,33 +92,40 @@ def survives(file: str, old: str, new: str) -> bool:
         if text.count(old) < 1:
             raise SystemExit(f"{file}: nothing to mutate, {old!r} is not there")
         path.write_text(text.replace(old, new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "tests/interpreter",
-            "-m",
-            "not long",
-        ]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": directory}
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        options = ["-q", "-x", "--failed-first", "-o", f"cache_dir={cache}", "-m", "not long"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": directory}
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, "tests/interpreter"],
+            cwd=copy, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         if run.returncode not in (0, 1):
             raise SystemExit(f"the tests did not run:\n{run.stdout}{run.stderr}")
         return run.returncode == 0
 
 
 def main(names: list[str]) -> None:
-    """Tries the mutations with one of the given words in their name, or all; exits with 1 if one survives."""
+    """Tries the mutations with one of the given words in their name, or all; exits with 1 if one survives.
+
+    One process for each processor; each remembers which tests its mutations failed.
+    """
     chosen = {name: m for name, m in MUTATIONS.items() if not names or any(word in name for word in names)}
+    workers = os.cpu_count() or 1
     survivors = []
-    for name, mutation in chosen.items():
-        alive = survives(*mutation)
-        print(f"{'SURVIVED' if alive else 'caught'}  {mutation[0]}: {name}", flush=True)
-        survivors += [name] if alive else []
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(workers) as pool:
+        caches = queue.SimpleQueue()
+        for worker in range(workers):
+            caches.put(str(Path(directory) / str(worker)))
+
+        def attempt(mutation: tuple[str, str, str]) -> bool:
+            cache = caches.get()
+            try:
+                return survives(*mutation, cache)
+            finally:
+                caches.put(cache)
+
+        for (name, mutation), alive in zip(chosen.items(), pool.map(attempt, chosen.values()), strict=True):
+            print(f"{'SURVIVED' if alive else 'caught'}  {mutation[0]}: {name}", flush=True)
+            survivors += [name] if alive else []
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
     sys.exit(1 if survivors else 0)
 

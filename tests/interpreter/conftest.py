@@ -35,6 +35,21 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned)
 
 
+@pytest.fixture(autouse=True)
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products add in the order of their inner index, as a GPU does for float32, for either operand order.
+
+    numpy's own depends on the processor, and so would what the tests see of float32.
+    """
+
+    def dot(_builder, a, b, d, _input_precision, _max_num_imprecise_acc):
+        a_data, b_data = (x.data.astype(d.data.dtype) for x in (a, b))
+        products = a_data.T[:, :, None] * b_data[:, None, :]
+        return interpreter.TensorHandle(products.sum(0) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
 def element_addresses(x: torch.Tensor) -> np.ndarray:
     """The address of every element of x, gaps between its rows left out."""
     offsets = np.zeros((), np.int64)

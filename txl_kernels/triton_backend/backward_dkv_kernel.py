@@ -190,7 +190,9 @@ def backward_dkv_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
+    if column_ptr is not None:
+        column_ptr += b * stride_cb + h * P
+    table = (head_r_ptr, stride_rp, r_rows), column_ptr
     q_pos_matrix = None
     if q_pos_ptr is not None:
         q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
@@ -217,12 +219,16 @@ def backward_dkv_kernel(
     # Some query of each tile from `first` on, n_tiles of them, sees a key; in the tiles [lower, upper) of these every
     # query sees all. Hidden keys beyond `keys` are cleared at the end, and queries beyond T have p = ds = 0.
     first = tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M
-    last = tl.minimum(T, j0 + BLOCK_N - begin)
+    last = T
+    if begin is not None:
+        last = tl.minimum(T, j0 + BLOCK_N - begin)
     n_tiles = tl.where(j0 < keys, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
     lower = tl.minimum(n_tiles, tl.cdiv(tl.maximum(0, j0 + BLOCK_N - reach - first), BLOCK_M))
-    seen_by_all = j0 - begin + 1
-    upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
-    upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
+    upper = n_tiles
+    if begin is not None:
+        seen_by_all = j0 - begin + 1
+        upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
+        upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
     c = j0 + rel_offset
     for tile in tl.range(lower, upper):
         i0 = first + tile * BLOCK_M

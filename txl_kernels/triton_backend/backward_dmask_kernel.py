@@ -132,7 +132,11 @@ def backward_dmask_kernel(
             head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
         else:
             head_r_ptr: tl.constexpr = None
-        table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
+        if column_ptr is not None:
+            head_column_ptr = column_ptr + b * stride_cb + h * P
+        else:
+            head_column_ptr: tl.constexpr = None
+        table = (head_r_ptr, stride_rp, r_rows), head_column_ptr
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
         lane = b * H + h
         terms = (
@@ -152,7 +156,9 @@ def backward_dmask_kernel(
             do = load_rows(do_matrix, offs_m, D, BLOCK_D)
             lse, rest, delta = load_row_stats(stats, offs_m, T)
             # Steps from j_first that some query of the tile sees.
-            begin_step = tl.maximum(0, i0 + begin - j_first) // BLOCK_N
+            begin_step = 0
+            if begin is not None:
+                begin_step = tl.maximum(0, i0 + begin - j_first) // BLOCK_N
             end_step = tl.cdiv(
                 tl.maximum(0, tl.minimum(tl.minimum(keys, j_last), i0 + BLOCK_M - 1 + reach) - j_first), BLOCK_N
             )

@@ -188,7 +188,7 @@ def backward_dq_kernel(
     """dq of BLOCK_M queries of one head. Grid: (query tiles * B * H,), longest rows first.
 
     dq_i = scale (sum_j ds[i, j] k_j + sum_p ds_raw[i, p] r_p), ds_raw[i, p] = ds[i, j] at p = j - i + rel_offset:
-    one accumulator, unless a q_pos takes the second sum. The key loop is that of the forward; the products with r lag
+    one accumulator, unless dq_pos takes the second sum. The key loop is that of the forward; the products with r lag
     behind it by the tiles that share a block of r. dsegment (B, H, T, 2) gets the sums of ds over the keys of the
     query's segment and over the others, in float32.
     """
@@ -210,7 +210,9 @@ def backward_dq_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
+    if column_ptr is not None:
+        column_ptr += b * stride_cb + h * P
+    table = (head_r_ptr, stride_rp, r_rows), column_ptr
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
     lane = b * H + h
@@ -229,17 +231,20 @@ def backward_dq_kernel(
     # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.
     grads = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
     q_position = q
-    SEPARATE: tl.constexpr = q_pos_ptr is not None
-    if SEPARATE:
+    SEPARATE: tl.constexpr = dq_pos_ptr is not None
+    if q_pos_ptr is not None:
         q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
         q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
+    if SEPARATE:
         grads = grads + (tl.zeros((BLOCK_M, BLOCK_DR), tl.float32),)
     if segment_ptr is not None:
         grads = grads + (tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
 
     # Some row sees keys of the tiles in [start, end), every row sees all keys in [lower, upper).
-    start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
-    lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
+    start, lower = 0, 0
+    if begin is not None:
+        start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
+        lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
     upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.maximum(start, tl.cdiv(tl.minimum(keys, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N)
 
@@ -252,12 +257,13 @@ def backward_dq_kernel(
         raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
-    for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=1):
-        grads, pending, partial = _dq_tile(
-            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-            offs_m, j0 + offs_x, c + j0, bounds, scale,
-            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
-        )  # fmt: skip
+    if begin is not None:
+        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=1):
+            grads, pending, partial = _dq_tile(
+                grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
+                offs_m, j0 + offs_x, c + j0, bounds, scale,
+                D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
+            )  # fmt: skip
     for j0 in tl.range(lower, upper, BLOCK_N):
         grads, pending, partial = _dq_tile(
             grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,

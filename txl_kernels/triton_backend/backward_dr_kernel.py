@@ -200,22 +200,19 @@ def backward_dr_kernel(
 
     # Every query that has a key at a row of [hidden_below, hidden_from) sees it, as far as lengths and masks allow.
     hidden_from = tl.minimum(P, rel_offset + reach)
-    hidden_below = rel_offset + begin
-    if r_ptr is not None:
-        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED)
-    else:
-        head_r_ptr: tl.constexpr = None
-    table = (head_r_ptr, stride_rp, hidden_from), (column_ptr, part * stride_cb + h * P)
-    r_matrix = table[0]
+    hidden_below = 0
+    if begin is not None:
+        hidden_below = rel_offset + begin
 
     offs_p = p0 + tl.arange(0, BLOCK_N)
     offs_y = tl.arange(0, BLOCK_M)
     r = None
     if r_ptr is not None:
+        r_matrix = (head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED), stride_rp, hidden_from)
         r = load_rows(r_matrix, offs_p, DR, BLOCK_DR)
     column = tl.zeros((BLOCK_N,), tl.float32)
     if column_ptr is not None:
-        column = load_column(table[1], offs_p, hidden_from)
+        column = load_column(column_ptr + part * stride_cb + h * P, offs_p, hidden_from)
     dr = tl.zeros((BLOCK_N, BLOCK_DR), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 

@@ -162,7 +162,9 @@ def forward_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    table = (head_r_ptr, stride_rp, r_rows), (column_ptr, b * stride_cb + h * P)
+    if column_ptr is not None:
+        column_ptr += b * stride_cb + h * P
+    table = (head_r_ptr, stride_rp, r_rows), column_ptr
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
     lane = b * H + h
     terms = (
@@ -183,8 +185,10 @@ def forward_kernel(
     m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
 
     # Some row sees keys of the tiles in [start, end), every row sees all keys in [lower, upper).
-    start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
-    lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
+    start, lower = 0, 0
+    if begin is not None:
+        start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
+        lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
     upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.minimum(keys, i0 + BLOCK_M - 1 + reach)
 
@@ -197,11 +201,12 @@ def forward_kernel(
         raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
-    for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N):
-        acc, l_i, m_i, pending = _forward_tile(
-            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
-            bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
-        )  # fmt: skip
+    if begin is not None:
+        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N):
+            acc, l_i, m_i, pending = _forward_tile(
+                acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+                bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
+            )  # fmt: skip
     for j0 in tl.range(lower, upper, BLOCK_N):
         acc, l_i, m_i, pending = _forward_tile(
             acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,

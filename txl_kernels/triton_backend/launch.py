@@ -79,18 +79,22 @@ class _Call:
         self.r = None if r is None else r.expand(self.B, self.H, -1, -1)
         self.r_batches = 1 if r is None else len(r)
         self.DR = self.D if r is None else r.shape[-1]
-        rows = [x for x in (q, k, v, self.r, inputs.q_pos, *others) if x is not None]
+        self.difference = None if r is None or inputs.q_pos is not None else _bias_difference(*inputs[4:6])
+        q_pos = inputs.q_pos
+        if q.dtype is torch.float32 and self.difference is not None:
+            # The correction of 16 bits would cost float32 accuracy: the position query q + v is an operand of its own.
+            q_pos, self.difference = _with_bias(q, inputs.position_bias), None
+        rows = [x for x in (q, k, v, self.r, q_pos, *others) if x is not None]
         # The gradient of q_pos may be denser than q_pos.
         dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
         self.aligned = dense and all(_is_aligned(x) for x in rows)
-        self.difference = None if r is None or inputs.q_pos is not None else _bias_difference(*inputs[4:6])
         column = self._column()
         self.arguments = {
             **_strided("q", "q", "bhm", q),
             **_strided("k", "k", "bhn", k),
             **_strided("v", "v", "bhn", v),
             **_strided("r", "r", "bhp", self.r),
-            **_strided("q_pos", "p", "bhm", inputs.q_pos),
+            **_strided("q_pos", "p", "bhm", q_pos),
             "u_ptr": None if content_bias is None else content_bias.contiguous(),
             "column_ptr": column,
             "stride_cb": 0 if column is None or len(column) == 1 else column.stride(0),
@@ -102,7 +106,7 @@ class _Call:
             "P": self.P,
             # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
             "rel_offset": max(-self.S, min(options.first_distance - M, self.P + self.T)),
-            "begin": -self.T if options.left < 0 else max(M - options.left, -self.T),
+            "begin": None if options.left < 0 else max(M - options.left, -self.T),
             "reach": self.S if options.right < 0 else min(M + 1 + options.right, self.S),
             "scale": options.scale,
             "PRECISION": _input_precision(q.dtype),
@@ -316,6 +320,10 @@ def _is_aligned(x: Tensor) -> bool:
     """Whether every row starts on 16 bytes."""
     itemsize = x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def _with_bias(q: Tensor, bias: Tensor | None) -> Tensor:
+    return q if bias is None else q + bias[:, None]
 
 
 def _bias_difference(content_bias: Tensor | None, position_bias: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 Notation: B batch, H heads, T queries, S keys, P rows of r, D head size; i query, j key, p row of r.
 Row p of r serves the pair (i, j) when p = j - i + rel_offset, with rel_offset = first_distance - (S - T).
 Query i sees the keys max(0, i + begin) <= j < min(keys, i + reach): with M = S - T and a window (left, right),
-begin = M - left and reach = M + 1 + right, as far as these are limited; keys = S or fewer by key_lengths.
+begin = M - left, or None without a limit, and reach = M + 1 + right, at most S; keys = S or fewer by key_lengths.
 
 One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p]; a bias
 by row of r is added to the column. Only a q_pos of its own makes a second operand.
@@ -76,9 +76,9 @@ def load_query(matrix, rows, u_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_column(column, rows, n_rows):
-    """column[p] for the given rows of r, 0 outside the table; (len(rows),). column is (pointer, place of row 0)."""
-    return tl.load(column[0] + column[1] + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
+def load_column(column_ptr, rows, n_rows):
+    """column[p] for the given rows of r, 0 outside the table; (len(rows),)."""
+    return tl.load(column_ptr + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def position_block(
 
     table is what depends on the relative position, the matrix of r and the column; the pointer of each may be None.
     """
-    matrix, column = table
+    matrix, column_ptr = table
     if TRANSPOSED:
         raw = tl.zeros((rows.shape[0], q.shape[0]), tl.float32)
     else:
@@ -115,8 +115,8 @@ def position_block(
             raw = tl.dot(r, tl.trans(q), input_precision=PRECISION)
         else:
             raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
-    if column[0] is not None:
-        bias = load_column(column, rows, matrix[2])
+    if column_ptr is not None:
+        bias = load_column(column_ptr, rows, matrix[2])
         raw += bias[:, None] if TRANSPOSED else bias[None, :]
     return raw
 
@@ -168,7 +168,10 @@ def rotate_up(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def visible_mask(offs_m, offs_n, bounds):
     """True where query i may attend to key j; the two index arrays broadcast against each other."""
     keys, begin, reach = bounds
-    return (offs_n >= tl.maximum(offs_m + begin, 0)) & (offs_n < tl.minimum(offs_m + reach, keys))
+    visible = (offs_n >= 0) & (offs_n < tl.minimum(offs_m + reach, keys))
+    if begin is not None:
+        visible = visible & (offs_n >= offs_m + begin)
+    return visible
 
 
 @triton.jit
