@@ -217,6 +217,24 @@ def test_float32_biases_beside_half_inputs(dtype, tiling):
         assert_close_to_truth(name, x, truth[name], wanted, GRADIENT_FACTOR)
 
 
+IN_BFLOAT16 = [set(), {"bidirectional"}, {"window"}, {"key lengths"}, {"position query"}, {"grouped heads", "band"},
+               {"batched r", "right window"}, {"shared r"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+@pytest.mark.parametrize("features", IN_BFLOAT16, ids=lambda features: "+".join(sorted(features)))
+@pytest.mark.parametrize(("T", "M"), [(1, 100), (33, 60), (300, 150)])
+def test_bfloat16_products(T, M, features, in_hardware, monkeypatch):
+    """Whether the processor multiplies bfloat16 or not; there are tiles enough that sums over them show."""
+    monkeypatch.setattr(tiles, "_cpu_multiplies_bfloat16", lambda: in_hardware)
+    monkeypatch.setattr(tiles, "MAX_ROWS", 32)
+    used, product = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **out: used.append(a.dtype) or product(a, b, **out))
+    inputs, options = make_problem(frozenset(features), 2 if T > 1 else 32, T=T, M=M, D=24, dtype=torch.bfloat16)
+    assert_right(inputs, **options)
+    assert (torch.bfloat16 in used) == in_hardware
+
+
 @pytest.mark.parametrize("wanted", SIX)
 def test_each_gradient_alone(wanted, tiling):
     inputs = make_inputs(2, 2, 21, 13, 8)

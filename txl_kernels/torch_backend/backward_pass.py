@@ -5,7 +5,7 @@ from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend.terms import part
-from txl_kernels.torch_backend.tiles import Tile, compute_dtype, groups, spans
+from txl_kernels.torch_backend.tiles import Tile, groups, spans, sum_dtype
 
 
 def backward(
@@ -35,8 +35,8 @@ def backward(
     """
     wanted = {name: x for name, x, needed in zip(DIFFERENTIABLE, inputs, needs_grad, strict=False) if needed}
     T, S = inputs.q.shape[2], inputs.k.shape[2]
-    dtype, scale = compute_dtype(inputs.q.dtype), options.scale
-    # q, q_pos, k and v are done with one group; what several add to stays in the compute dtype until the end.
+    dtype, scale = sum_dtype(inputs.q.dtype), options.scale
+    # q, q_pos, k and v are done with one group; what several add to stays in the dtype of sums until the end.
     own = {name: torch.empty_like(x) for name, x in wanted.items() if name in ("q", "k", "v", "q_pos")}
     totals = {name: x.new_zeros(x.shape, dtype=dtype) for name, x in wanted.items() if name not in own}
     only_v = wanted.keys() == {"v"}
@@ -58,7 +58,7 @@ def backward(
                 dkv = {name: new(shape, dtype=dtype, device=dout.device).flatten(0, 1) for name in "kv" if name in own}
             p = tile.scores()
             torch.softmax(p, -1, out=p)
-            dout_lanes = dout[tile.where].to(dtype)
+            dout_lanes = dout[tile.where].to(group.dtype)
             dlse_lanes = None if dlse is None else dlse[tile.where]
             if group.may_be_dead:
                 dead = lse[tile.where] == -torch.inf
@@ -77,7 +77,7 @@ def backward(
             ds = tile.drop(torch.bmm(dout_lanes, tile.lanes(tile.v).mT))
             torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
-                ds.addcmul_(p, dlse_lanes.reshape(*p.shape[:2], 1))
+                ds.addcmul_(p, dlse_lanes.reshape(*p.shape[:2], 1).to(p.dtype))
             tile.through_terms(ds, totals)
 
             if "k" in own:
@@ -85,7 +85,7 @@ def backward(
             if "q" in own or "content_bias" in totals:
                 dq = torch.bmm(ds, tile.lanes(tile.k)).view(b, h, t, -1)
             if "content_bias" in totals:
-                totals["content_bias"][heads] += dq.sum((0, 2))
+                totals["content_bias"][heads] += dq.sum((0, 2), dtype=dtype)
 
             if from_position or "r" in totals or "r_bias" in totals:
                 ds_raw = tile.to_raw(ds)
@@ -97,7 +97,7 @@ def backward(
             if from_position:
                 dq_position = torch.bmm(ds_raw, tile.r.expand(h, -1, -1)).view(h, t, b, -1).permute(2, 0, 1, 3)
             if "position_bias" in totals:
-                totals["position_bias"][heads] += dq_position.sum((0, 2))
+                totals["position_bias"][heads] += dq_position.sum((0, 2), dtype=dtype)
 
             if "q" in own:
                 own["q"][tile.where] = (dq + dq_position if "q" in from_position else dq).mul_(scale)
@@ -115,7 +115,10 @@ def backward(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, in place; total = a @ b for the first."""
-    if first:
+    if total.dtype != a.dtype:
+        product = torch.bmm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
         torch.bmm(a, b, out=total)
     else:
         torch.baddbmm(total, a, b, out=total)

@@ -6,7 +6,7 @@ from torch import Tensor
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import tiles
 from txl_kernels.torch_backend.terms import needed
-from txl_kernels.torch_backend.tiles import Tile, compute_dtype, groups, spans
+from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, spans, sum_dtype
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -23,9 +23,10 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     if T == 1 and plain and (result := _one_query(inputs, options)) is not None:
         return result
 
-    out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
+    out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=sum_dtype(q.dtype))
     may_be_dead = inputs.key_lengths is not None and options.left >= 0
-    fits = plain and Hk == H and T < tiles.MANY_ROWS and not may_be_dead
+    in_half = product_dtype(inputs, options) is torch.bfloat16
+    fits = plain and Hk == H and T < tiles.MANY_ROWS and not (may_be_dead or in_half)
     attend = _attend_fused if fits else _attend
     for group in groups(inputs, options):
         for rows in spans(T, group.size.rows):
@@ -37,10 +38,11 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
     """out (b, h, t, D) and lse (b, h, t) of a tile."""
     p = tile.scores()
-    row_max = p.amax(-1)
+    dtype = sum_dtype(p.dtype)
+    row_max = p.amax(-1).to(dtype)
     torch.softmax(p, -1, out=p)
     # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
-    lse = row_max - p.amax(-1).log_()
+    lse = row_max - p.amax(-1).to(dtype).log_()
     if tile.group.may_be_dead:
         dead = row_max == -torch.inf
         p.masked_fill_(dead[..., None], 0.0)
@@ -67,19 +69,31 @@ def _one_query(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | None
     first = max(S - 1 - options.left, 0) if options.left >= 0 else 0
     row, n = options.first_distance - (S - 1) + first, S - first
     shared_by_batch = r is not None and r.shape[0] == 1
-    if not (shared_by_batch and 0 <= row <= P - n and q.dtype == compute_dtype(q.dtype)):
+    if not (shared_by_batch and 0 <= row <= P - n and q.dtype == product_dtype(inputs, options)):
         return None
     if inputs.r_bias is not None or inputs.key_lengths is not None:
         return None
 
     def plus(queries: Tensor, bias: Tensor | None) -> Tensor:
-        return queries if bias is None else queries + bias[:, None]
+        return (queries if bias is None else queries + bias[:, None]).to(q.dtype)
 
     grouped = B, Hk, H // Hk, D  # query heads of one key head as the queries of one head
-    q_content = plus(q, inputs.content_bias).to(q.dtype).view(grouped)
+    q_content = plus(q, inputs.content_bias).view(grouped)
     q_position = plus(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias)
     rows = r[0, :, row : row + n].expand(H, -1, -1)
-    bd = torch.bmm((q_position[:, :, 0] * options.scale).transpose(0, 1), rows.mT)
-    mask = bd.transpose(0, 1).view(B, Hk, -1, n)
-    out, lse = _fused(q_content, k[:, :, first:], v[:, :, first:], attn_mask=mask, scale=options.scale)
+    bd = _product((q_position[:, :, 0] * options.scale).transpose(0, 1), rows)
+    bd = bd.transpose(0, 1).reshape(B, Hk, -1, n)
+    k, v = k[:, :, first:], v[:, :, first:]
+    if q.dtype is torch.bfloat16:  # PyTorch's fused attention is 9 times slower here than in float32
+        ac = _product(q_content.flatten(0, 1), k.flatten(0, 1)).view(bd.shape)
+        scores = torch.add(bd.float(), ac, alpha=options.scale)
+        lse = scores.logsumexp(-1)
+        out = torch.bmm(scores.softmax(-1).to(q.dtype).flatten(0, 1), v.flatten(0, 1))
+    else:
+        out, lse = _fused(q_content, k, v, attn_mask=bd, scale=options.scale)
     return torch.empty_like(q).copy_(out.view(q.shape)), lse.reshape(B, H, 1).contiguous()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T, few rows by many: (l, m, n). In bfloat16 with the many on the left, up to 20 times faster."""
+    return torch.bmm(b, a.mT).mT if a.dtype is torch.bfloat16 else torch.bmm(a, b.mT)

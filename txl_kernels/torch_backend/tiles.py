@@ -13,6 +13,7 @@ In shapes, b and h are the batches and heads of a group, t, n and p the queries,
 heads that share a key head are rows of one product: there are l = b * hk lanes with m = h / hk * t rows each.
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -98,18 +99,32 @@ def spans(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, max(step, 1)))
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of all arithmetic: float32, or float64 for float64 inputs."""
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tiles and the log-sum-exp are kept in: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def product_dtype(inputs: Inputs, options: Options) -> torch.dtype:
+    """The dtype of products and scores: that of sums, but bfloat16 where a CPU multiplies it and no term adds to it."""
+    dtype = inputs.q.dtype
+    if dtype is torch.bfloat16 and inputs.q.device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return sum_dtype(dtype) if terms.needed(inputs, options) or inputs.r_bias is not None else dtype
+    return sum_dtype(dtype)
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class Group:
-    """Some (batch, head) lanes: their inputs in the compute dtype, and the buffer that their tiles share.
+    """Some (batch, head) lanes: their inputs in the dtype of products, and the buffer that their tiles share.
 
     Attributes:
         batches, heads, kv_heads: which lanes these are.
+        dtype: of products and scores.
         n_keys: the number of keys that some lane has.
-        k, v: (b, hk, n_keys, D); views where the inputs have the compute dtype.
+        k, v: (b, hk, n_keys, D); views where the inputs have that dtype and few queries use them.
         r: (1|h, P, Dr), or None.
         r_bias: scale * r_bias, (h, 1, P), or None.
         q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
@@ -124,26 +139,29 @@ class Group:
         self.heads_per_key = q.shape[1] // inputs.k.shape[1]
         self.kv_heads = slice(heads.start // self.heads_per_key, heads.stop // self.heads_per_key)
         self.memory, self.n_keys = S - T, n_keys
-        dtype = compute_dtype(q.dtype)
+        self.dtype = dtype = product_dtype(inputs, options)
+        in_half = dtype is torch.bfloat16
 
         lengths, on_host = inputs.key_lengths, terms.lengths_on_host(inputs)
         self.k, self.v = (x[batches, self.kv_heads, : self.n_keys].to(dtype) for x in (inputs.k, inputs.v))
         if not on_host:  # what lies beyond may be NaN, which a weight of zero does not remove
             beyond = terms.beyond_lengths(inputs, batches, heads, slice(0, T), slice(0, S))[:, None, :, None]
             self.k, self.v = self.k.masked_fill(beyond, 0.0), self.v.masked_fill(beyond, 0.0)
-        if T >= MANY_ROWS:  # products want lanes at equal distances: else one copy, not one for each tile
+        # Products want lanes at equal distances, those of bfloat16 dense rows: else one copy, not one for each tile.
+        if T >= MANY_ROWS or in_half:
             self.k, self.v = (x.flatten(0, 1).view(x.shape) for x in (self.k, self.v))
         self.has_terms = terms.needed(inputs, options)
         self.may_be_dead = inputs.attn_mask is not None or (lengths is not None and (options.left >= 0 or not on_host))
 
         def scaled_sum(queries: Tensor, bias: Tensor | None) -> Tensor:
-            queries = queries[batches, heads].permute(1, 2, 0, 3).to(dtype)
-            return _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale)
+            queries = queries[batches, heads].permute(1, 2, 0, 3).to(sum_dtype(dtype))
+            return _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale).to(dtype)
 
         self.q_content, self.q_position, self.r = scaled_sum(q, inputs.content_bias), None, None
         if inputs.r is not None:
             self.q_position = scaled_sum(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias)
             self.r = part(inputs.r, batches, heads)[0].to(dtype)
+            self.r = self.r.contiguous() if in_half else self.r
         self.r_bias = None if inputs.r_bias is None else inputs.r_bias[heads, None].to(dtype) * scale
         b, h = batches.stop - batches.start, heads.stop - heads.start
         self.raw = self.k.new_empty(b * h * size.rows * _aligned(size.keys + size.rows - 1))
