@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import PEER_SHAPES, SHAPES
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / ".benchmarks" / "gpu"
@@ -33,6 +33,11 @@ def parts() -> Iterator[tuple[str, list[str]]]:
     for shape in SHAPES:
         yield f"benchmark-{shape}", ["benchmarks/test_attention.py", "--benchmark-only", "-k", shape]
     yield "benchmark-hidden-keys", ["benchmarks/test_hidden_keys.py", "--benchmark-only"]
+    for shape in PEER_SHAPES:
+        yield f"benchmark-peers-{shape}", ["benchmarks/test_peers.py", "--benchmark-only", "-k", shape]
+    yield "benchmark-host-time", ["benchmarks/test_host_time.py", "--benchmark-only"]
+    for direction in ("causal", "bidirectional"):
+        yield f"benchmark-longest-{direction}", ["benchmarks/test_longest.py", "--benchmark-only", "-k", direction]
     yield "benchmark-training", ["benchmarks/test_language_model.py", "--benchmark-only"]
 
 

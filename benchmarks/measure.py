@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from tests.accuracy import Tensors, truth_and_reference
+from reference.eager import rel_attention_eager
+from tests.accuracy import Tensors, outputs_and_gradients
 
 Thunk = Callable[[], object]
+
+MIB = 1 << 20  # bytes
 
 
 class Clock:
@@ -120,19 +123,76 @@ def peak_memory(function: Thunk, device: torch.device) -> int:
     return peak
 
 
-def truth_and_reference_by_head(inputs: Tensors, dout: Tensor | None) -> tuple[Tensors, Tensors]:
-    """tests.accuracy.truth_and_reference, a head at a time: float64 scores of a full shape need not fit."""
+def runner(function: Callable[..., Tensor], inputs: Tensors, dout: Tensor | None, which: str) -> Thunk:
+    """One call of a pass of function(**inputs): a callable to be timed.
+
+    Args:
+        function: gives out; an input may be without influence on it.
+        inputs: all of them require grad, except in the forward.
+        dout: the upstream gradient; None in the forward.
+        which: "forward" (no gradient recorded), "forward + backward", or "backward" alone, of a graph that is kept.
+    """
+
+    def forward():
+        with torch.no_grad():
+            function(**inputs)
+
+    def forward_backward():
+        torch.autograd.grad(function(**leaves), list(leaves.values()), dout, allow_unused=True)
+
+    def backward():
+        torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True, retain_graph=True)
+
+    if which == "forward":
+        return forward
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    if which == "forward + backward":
+        return forward_backward
+    out = function(**leaves)
+    return backward
+
+
+def longest(
+    seconds_of: Callable[[int], float | None], most: int | None = None, step: int = 1024, bound: float = 30.0
+) -> dict[str, int | float | str]:
+    """The longest T, doubled until it no longer goes and then bisected to a sixteenth, and what stops a longer one.
+
+    Args:
+        seconds_of: the time of one call with T, or None if memory does not suffice.
+        most: not to be exceeded, for a trial.
+        step: lengths tried are its multiples.
+        bound: seconds that one call may take.
+
+    Returns:
+        "T" and "seconds" of the longest (0 if nothing went) and "stopped_by": "memory", "time" or "limit".
+    """
+    found, too_long = {"T": 0, "seconds": 0.0, "stopped_by": "limit"}, None
+    while too_long is None or too_long - found["T"] > max(step, found["T"] // 16):
+        T = max(2 * found["T"], step) if too_long is None else (found["T"] + too_long) // (2 * step) * step
+        if most is not None and most < T:
+            break
+        seconds = seconds_of(T)
+        if seconds is not None and seconds <= bound:
+            found |= {"T": T, "seconds": seconds}
+        else:
+            found["stopped_by"] = "memory" if seconds is None else "time"
+            too_long = T
+    return found
+
+
+def truth_and_reference_by_head(
+    inputs: Tensors, dout: Tensor | None, function: Callable[..., Tensor] = rel_attention_eager, **options
+) -> tuple[Tensors, Tensors]:
+    """tests.accuracy.truth_and_reference of an eager function, a head at a time: float64 scores need not fit."""
 
     def head(x: Tensor | None, h: int) -> Tensor | None:
         return x if x is None else x.narrow(1 if x.dim() == 4 else 0, h, 1)
 
-    parts = [
-        truth_and_reference({name: head(x, h) for name, x in inputs.items()}, head(dout, h))
-        for h in range(inputs["q"].shape[1])
-    ]
+    def by_head(inputs: Tensors) -> Tensors:
+        parts = [
+            outputs_and_gradients(function, {name: head(x, h) for name, x in inputs.items()}, head(dout, h), **options)
+            for h in range(inputs["q"].shape[1])
+        ]
+        return {name: torch.cat([p[name] for p in parts], dim=1 if x.dim() == 4 else 0) for name, x in parts[0].items()}
 
-    def joined(heads: list[Tensors]) -> Tensors:
-        return {name: torch.cat([p[name] for p in heads], dim=1 if x.dim() == 4 else 0) for name, x in heads[0].items()}
-
-    truths, references = zip(*parts, strict=True)
-    return joined(truths), joined(references)
+    return by_head({name: x.double() for name, x in inputs.items()}), by_head(inputs)

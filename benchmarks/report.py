@@ -5,7 +5,8 @@
         --readme README.md --figure benchmarks/figures/cpu.svg
 
 Several files are parts of one run. The README's text between `<!-- benchmark:NAME begin -->` and
-`<!-- benchmark:NAME end -->` is replaced, NAME being cpu or gpu.
+`<!-- benchmark:NAME end -->` is replaced, NAME being cpu or gpu. The pictures of time and memory by length stand beside
+the figure, as cpu-time.svg and cpu-memory.svg.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import report_peers
 from benchmarks.machine import headline
+from benchmarks.measure import MIB
+from benchmarks.pictures import pyplot, save_figure
 from benchmarks.shapes import SHAPES
 
 Result = dict  # one benchmark's extra_info; the test_*.py here say what is in it
 
-MIB = 1 << 20
 KEPT_STATISTICS = ("min", "median", "max", "iqr", "rounds")
 
 
@@ -115,18 +118,14 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
             parts.append(f"![Speed-up and peak extra memory by shape]({figure})")
     if hidden := [x for x in results if "hidden_keys" in x]:
         parts.append(hidden_keys_table(hidden))
+    parts += report_peers.sections(results, figure)
     parts += [training_sentence(x) for x in results if "text" in x]
     return "\n\n".join(parts)
 
 
 def draw(results: list[Result], path: Path) -> None:
     """Saves the picture: speed-up by shape and pass, and peak extra memory as a share of the original's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "txl_kernels"  # the same results give the same file
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     compared = [x for x in by_shape(results) if "original" in x["ratio"]]
     shapes = list(dict.fromkeys(x["shape"] for x in compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.45 * len(shapes) + 1.5), sharey=True)
@@ -143,10 +142,7 @@ def draw(results: list[Result], path: Path) -> None:
     left.invert_yaxis()
     right.set(title="peak extra memory / the original's")
     right.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def replace_section(readme: Path, name: str, text: str) -> None:
@@ -177,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.save.parent.mkdir(parents=True, exist_ok=True)
         options.save.write_text(json.dumps({"benchmarks": benchmarks}, indent=1) + "\n")
     if options.figure:
-        draw(results, options.figure)
+        if by_shape(results):
+            draw(results, options.figure)
+        report_peers.draw_all(results, options.figure)
     folder = options.readme.parent if options.readme else Path()
     text = markdown(results, options.figure and Path(os.path.relpath(options.figure, folder)).as_posix())
     if options.readme:

@@ -7,17 +7,20 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """Causal attention of T queries over S = M + T keys, for B sequences and H heads of size D."""
+    """Attention, causal by default, of T queries over S = M + T keys, for B sequences and H heads of size D."""
 
     B: int
     H: int
     T: int
     M: int
     D: int
+    is_causal: bool = True
 
     @property
     def visible_pairs(self) -> int:
-        """Query-key pairs at distance >= 0, of one head and sequence."""
+        """Query-key pairs of one head and sequence; at distance >= 0 if causal."""
+        if not self.is_causal:
+            return self.T * (self.M + self.T)
         return self.T * self.M + self.T * (self.T + 1) // 2
 
     def flop(self, backward: bool) -> int:
@@ -42,6 +45,16 @@ SHAPES = {
 }
 TRAINED = [name for name in SHAPES if not name.startswith(("eval", "one_token"))]
 
+# For the comparison with peers: by length, then the short ones, and one token against a long memory.
+LENGTHS, HEAD_SIZES = (128, 256, 512, 1024, 2048, 4096), (64, 128)
+PEER_SHAPES = {f"length_{n}x{D}": Shape(B=8, H=8, T=n, M=n, D=D) for D in HEAD_SIZES for n in LENGTHS} | {
+    "wt103_base": SHAPES["wt103_base"],
+    "conformer": Shape(B=32, H=8, T=200, M=0, D=128, is_causal=False),
+    "one_token_1600": SHAPES["one_token_1600"],
+    "one_token_3800": Shape(B=16, H=8, T=1, M=3799, D=128),
+}
+GPU_ONLY = [f"length_{n}x{D}" for D in HEAD_SIZES for n in LENGTHS if n > 1024 or D > 64]
+
 # What keeps a run on two cores within minutes; T, M and D stay. At full size a tensor of scores takes 16 MiB to
 # 4 GiB. malloc hands small ones (up to 32 MiB with glibc) out again and again, but returns large ones to the system,
 # which clears every page anew, and the reference feels it. So training and evaluation batches stay large enough for
@@ -58,12 +71,15 @@ CPU_CHANGES = {
     "eval_128_1600": {"B": 5},
     "eval_128_3800": {"B": 4},
     "one_token_1600": {"B": 1},
+    **{f"length_{n}x64": {"B": 1} for n in LENGTHS},
+    "conformer": {"B": 4},
+    "one_token_3800": {"B": 1},
 }
 
 
 def shape_for(name: str, device: torch.device, smoke: bool) -> Shape:
     """The named shape at the size for this device; tiny, to see that the benchmark runs, in smoke mode."""
-    shape = SHAPES[name]
+    shape = (SHAPES | PEER_SHAPES)[name]
     if smoke:
         return replace(shape, B=1, H=2, T=min(shape.T, 33), M=min(shape.M, 40))
     return shape if device.type == "cuda" else replace(shape, **CPU_CHANGES[name])

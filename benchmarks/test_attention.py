@@ -10,7 +10,15 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.measure import CLOCK, Comparison, Stopwatch, peak_memory, rounds_within, truth_and_reference_by_head
+from benchmarks.measure import (
+    CLOCK,
+    Comparison,
+    Stopwatch,
+    peak_memory,
+    rounds_within,
+    runner,
+    truth_and_reference_by_head,
+)
 from benchmarks.shapes import SHAPES, TRAINED, shape_for
 from reference.eager import rel_attention_eager, rel_attention_original
 from tests.accuracy import assert_all_close_to_truth, make_inputs, outputs_and_gradients
@@ -41,20 +49,10 @@ def compare(benchmark, settings, name, backward):
         outputs_and_gradients(rel_attention, inputs, dout), *truth_and_reference_by_head(inputs, dout)
     )
 
-    def runner(function):
-        def forward():
-            with torch.no_grad():
-                function(**inputs)
-
-        def forward_backward():
-            torch.autograd.grad(function(**leaves), list(leaves.values()), dout)
-
-        leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
-        return forward_backward if backward else forward
-
     stopwatch = Stopwatch(device)
     functions = {"ours": rel_attention, "original": rel_attention_original, "batch-major": rel_attention_eager}
-    sides = fitting({key: runner(function) for key, function in functions.items()}, stopwatch)
+    which = "forward + backward" if backward else "forward"
+    sides = fitting({key: runner(function, inputs, dout, which) for key, function in functions.items()}, stopwatch)
     comparison = Comparison(sides, stopwatch)
     rounds = 1 if settings.smoke else rounds_within(SECONDS, sum(stopwatch(side) for side in sides.values()))
     benchmark.group = name
@@ -64,7 +62,7 @@ def compare(benchmark, settings, name, backward):
     flop = shape.flop(backward)
     return results | {
         "shape": name,
-        "pass": "forward + backward" if backward else "forward",
+        "pass": which,
         "sizes": dataclasses.asdict(shape),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "tflop_per_second": {key: flop / seconds / 1e12 for key, seconds in results["seconds"].items()},

@@ -57,10 +57,10 @@ def rel_attention_eager(
         bd = torch.einsum(
             "bhid,hpd->bhip" if r.ndim == 3 else "bhid,bhpd->bhip", q_position if q_pos is None else q_pos, r
         )
-        score = score + _rel_shift(bd)[..., :S]
+        score = score + rel_shift(bd)[..., :S]
     if r_bias is not None:
         rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, is_causal, first_distance)[..., 0]
-        score = score + _rel_shift(rows[None, :, None].expand(1, H, T, -1))[..., :S]
+        score = score + rel_shift(rows[None, :, None].expand(1, H, T, -1))[..., :S]
     if segment is not None:
         scores, q_ids, k_ids = segment
         agree = (q_ids[:, :, None] == k_ids[:, None]).unsqueeze(1)
@@ -69,7 +69,7 @@ def rel_attention_eager(
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     if is_causal:
-        score = score.masked_fill(_future_keys(T, S, q.device), float("-inf"))
+        score = score.masked_fill(future_keys(T, S, q.device), float("-inf"))
     if window is not None:
         score = score.masked_fill(_outside_window(T, S, window, q.device), float("-inf"))
     if key_lengths is not None:
@@ -116,7 +116,7 @@ def rel_attention_original(
     ac = torch.einsum("ibnd,jbnd->ijbn", q + content_bias, k)
     bd = torch.einsum("ibnd,jnd->ijbn", q + position_bias, r)
     score = (ac + rel_shift_original(bd)).mul_(1 / math.sqrt(q.shape[3]))
-    score = score.masked_fill(_future_keys(len(q), len(k), q.device)[:, :, None, None], float("-inf"))
+    score = score.masked_fill(future_keys(len(q), len(k), q.device)[:, :, None, None], float("-inf"))
     return torch.einsum("ijbn,jbnd->ibnd", torch.softmax(score, dim=1), v).permute(1, 2, 0, 3)
 
 
@@ -127,7 +127,7 @@ def rel_shift_original(x: Tensor) -> Tensor:
     return padded.view(S + 1, T, *rest)[1:].view_as(x)
 
 
-def _rel_shift(x: Tensor) -> Tensor:
+def rel_shift(x: Tensor) -> Tensor:
     """Moves row i of x (B, H, T, N) left by T - 1 - i: pad a zero column, view, drop the first row."""
     B, H, T, N = x.shape
     padded = torch.cat([x.new_zeros(B, H, T, 1), x], dim=-1)
@@ -146,7 +146,7 @@ def _rows_for_shift(r: Tensor, T: int, S: int, is_causal: bool, first_distance: 
 
 
 @functools.lru_cache(maxsize=4)
-def _future_keys(T: int, S: int, device: torch.device) -> Tensor:
+def future_keys(T: int, S: int, device: torch.device) -> Tensor:
     """The mask (T, S), True = hidden; kept between calls, as the original shares one among its layers."""
     return torch.ones(T, S, dtype=torch.bool, device=device).triu(1 + S - T)
 
