@@ -88,6 +88,21 @@ def hidden_keys_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def bfloat16_table(results: list[Result]) -> str:
+    """A Markdown table of bfloat16 on a CPU against float32, and against the original in bfloat16."""
+    lines = [
+        "| in bfloat16 | B, H x D, T + M | pass | ms | in float32 ms | original ms | speed-up over float32 | "
+        "over original |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for x in results:
+        cells = [x["bfloat16"], "{B}, {H} x {D}, {T} + {M}".format(**x["sizes"]), x["pass"]]
+        cells += [f"{x['seconds'][side] * 1e3:.3g}" for side in ("ours", "float32", "original")]
+        cells += [f"{x['ratio'][side]:.2f}x" for side in ("float32", "original")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def training_sentence(x: Result) -> str:
     """What the language model's training gave."""
     sizes = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, T = M = {segment}, batch {batch}"
@@ -118,6 +133,8 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
             parts.append(f"![Speed-up and peak extra memory by shape]({figure})")
     if hidden := [x for x in results if "hidden_keys" in x]:
         parts.append(hidden_keys_table(hidden))
+    if half := [x for x in results if "bfloat16" in x]:
+        parts.append(bfloat16_table(half))
     parts += report_peers.sections(results, figure)
     parts += [training_sentence(x) for x in results if "text" in x]
     return "\n\n".join(parts)

@@ -65,7 +65,7 @@ CPU_CHANGES = {
     "enwik8_base": {"B": 4},
     "enwik8_large": {"B": 2},
     "square_512": {"B": 1},
-    "square_1024": {"B": 1},
+    "square_1024": {"B": 2},
     "long_4096": {"B": 1, "H": 2},
     "eval_64_640": {},
     "eval_128_1600": {"B": 5},

@@ -224,6 +224,17 @@ def test_training_sentence_is_generated():
     assert "1.5000 and 1.5001 nats" in text
 
 
+def test_report_compares_bfloat16():
+    result = {
+        "bfloat16": "square_1024", "pass": "forward", "sizes": {"B": 2, "H": 8, "T": 1024, "M": 1024, "D": 64},
+        "seconds": {"ours": 0.02, "float32": 0.05, "original": 0.12}, "ratio": {"float32": 2.5, "original": 6.0},
+        "machine": MACHINE, "smoke": False,
+    }  # fmt: skip
+    assert "| square_1024 | 2, 8 x 64, 1024 + 1024 | forward | 20 | 50 | 120 | 2.50x | 6.00x |" in report.markdown(
+        [result]
+    )
+
+
 def test_text_comes_from_cpython_or_a_file(monkeypatch, tmp_path):
     monkeypatch.delenv(language_model.TEXT_VARIABLE, raising=False)
     name, text = language_model.load_text(100_000)

@@ -226,7 +226,7 @@ IN_BFLOAT16 = [set(), {"bidirectional"}, {"window"}, {"key lengths"}, {"position
 @pytest.mark.parametrize(("T", "M"), [(1, 100), (33, 60), (300, 150)])
 def test_bfloat16_products(T, M, features, in_hardware, monkeypatch):
     """Whether the processor multiplies bfloat16 or not; there are tiles enough that sums over them show."""
-    monkeypatch.setattr(tiles, "_cpu_multiplies_bfloat16", lambda: in_hardware)
+    monkeypatch.setattr(tiles, "cpu_multiplies_bfloat16", lambda: in_hardware)
     monkeypatch.setattr(tiles, "MAX_ROWS", 32)
     used, product = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b, **out: used.append(a.dtype) or product(a, b, **out))

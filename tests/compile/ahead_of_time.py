@@ -46,7 +46,9 @@ class Launch:
 class Resources:
     """What a compiled kernel uses: 32-bit registers and spilled bytes a thread, shared memory bytes a block.
 
-    `loops` counts the instructions of each loop in program order.
+    `loops` counts the instructions of each loop in program order, on NVIDIA only; the shortest is the unmasked one,
+    which has `spills_in_loop` instructions on spilled registers, and `instructions_per_score` is its
+    thread-instructions over the scores of a tile, None where no loop was read.
     """
 
     registers: int
@@ -54,7 +56,9 @@ class Resources:
     shared_memory: int
     matrix_instructions: int
     loops: list[int]
-    listing: str = field(repr=False)
+    spills_in_loop: int = 0
+    instructions_per_score: float | None = None
+    listing: str = field(default="", repr=False)
 
 
 def record_launches(run: Callable[[], object]) -> list[Launch]:
@@ -103,11 +107,23 @@ def specialization_key(launch: Launch) -> str:
     return repr((*_specialize(launch), sorted(launch.options.items())))
 
 
+def with_tiling(launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
+    """The same launch with another row of the launch table."""
+    values = launch.values | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return Launch(launch.kernel, values, launch.options | {"num_warps": num_warps, "num_stages": num_stages})
+
+
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compiles one recorded launch for a target of TARGETS."""
     source = ASTSource(launch.kernel, *_specialize(launch))
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
-    return _amd_resources(compiled) if target.startswith("gfx") else _nvidia_resources(compiled, target)
+    read = _amd_resources if target.startswith("gfx") else _nvidia_resources
+    resources = read(compiled, target)
+    if resources.loops and "BLOCK_N" in launch.values:
+        threads = TARGETS[target].warp_size * launch.options["num_warps"]
+        scores = launch.values["BLOCK_M"] * launch.values["BLOCK_N"]
+        resources.instructions_per_score = min(resources.loops) * threads / scores
+    return resources
 
 
 def _nvidia_resources(compiled, target: str) -> Resources:
@@ -119,43 +135,45 @@ def _nvidia_resources(compiled, target: str) -> Resources:
         listing = subprocess.run(
             [_BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
         ).stdout
+    loops = _loops(listing)
     return Resources(
         registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
         spill_bytes=int(re.search(r"\bSTACK:(\d+)", usage)[1]),
         shared_memory=compiled.metadata.shared,
         matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], listing)),
-        loops=_loops(listing),
+        loops=[len(loop) for loop in loops],
+        spills_in_loop=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in min(loops, key=len, default=[])),
         listing=listing,
     )
 
 
-def _loops(listing: str) -> list[int]:
-    """Lengths of the loops with work in them: from a label to the branch back to it.
+def _loops(listing: str) -> list[list[str]]:
+    """The instructions of the loops with work in them: from a label to the branch back to it.
 
     Left out are spin waits, which are a few instructions, and branches back from waits placed behind the exit.
     """
-    address, last_exit, labels, loops = 0, -1, {}, []
+    instructions, last_exit, labels, loops = [], -1, {}, []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = address
+            labels[label[1]] = len(instructions)
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            address += 1
+            instructions.append(line)
             if re.search(r"\bEXIT\b", line):
-                last_exit = address
+                last_exit = len(instructions)
             branch = re.search(r"\bBRA.*`\((\.L_x_\d+)\)", line)
-            start = labels.get(branch[1], address) if branch else address
-            if address - start > SPIN_WAIT and last_exit < start:
-                loops.append(address - start)
+            start = labels.get(branch[1], len(instructions)) if branch else len(instructions)
+            if len(instructions) - start > SPIN_WAIT and last_exit < start:
+                loops.append(instructions[start:])
     return loops
 
 
-def _amd_resources(compiled) -> Resources:
+def _amd_resources(compiled, target: str) -> Resources:
     listing = compiled.asm["amdgcn"]
     return Resources(
         registers=int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1]),
         spill_bytes=4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", listing)[1]),
         shared_memory=compiled.metadata.shared,
-        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION["gfx942"], listing)),
+        matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], listing)),
         loops=[],
         listing=listing,
     )

@@ -50,8 +50,8 @@ def launches(
 ) -> dict[str, Launch]:
     """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch.
 
-    With terms = "all" a window and every optional term of a score is there; with "q_pos" also a position query of half the width,
-    with "no r" grouped heads, a boolean mask and a row bias alone, with "batched r" an r by batch element.
+    With terms = "all" a window and every optional term of a score is there; with "q_pos" also a position query of half
+    the width, with "no r" grouped heads, a boolean mask and a row bias alone, with "batched r" an r by batch element.
     """
     B, S = 2, M + T
 
@@ -59,8 +59,8 @@ def launches(
         return torch.empty(shape, dtype=dtype)
 
     q, k, v, r = empty(B, H, T, D), empty(B, H, S, D), empty(B, H, S, D), empty(1, H, S, D)
-    bias = empty(H, D) if biases else None
-    inputs = Inputs(q, k, v, r, bias, bias)._replace(**_optional(terms, B, H, T, S, D, empty))
+    content_bias, position_bias = (empty(H, D), empty(H, D)) if biases else (None, None)
+    inputs = Inputs(q, k, v, r, content_bias, position_bias)._replace(**_optional(terms, B, H, T, S, D, empty))
     softcap, dropout_p = (30.0, 0.1) if terms else (None, 0.0)
     options = Options(T // 2 if terms else -1, 0, D**-0.5, S - 1, softcap, dropout_p)
     needs_grad = [(x := getattr(inputs, n)) is not None and x.is_floating_point() for n in DIFFERENTIABLE]

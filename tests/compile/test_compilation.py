@@ -6,27 +6,48 @@ import pytest
 import torch
 
 from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch, specialization_key
+from tests.compile.plain_forward import without_position_term
 from tests.compile.recorded import launches
 
 KERNELS = ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel", "backward_dr_kernel")
-VECTOR_KERNELS = ("column_kernel", "row_stats_kernel")
+# Most bytes a thread may spill, in the order of KERNELS, and most instructions of the main loop on spilled registers.
+SPILLED_BYTES = {
+    ("sm_80", 64): (0, 0, 0, 0), ("sm_80", 128): (0, 64, 64, 64),
+    ("sm_90", 64): (0, 32, 0, 0), ("sm_90", 128): (0, 400, 416, 256),
+    ("sm_100", 64): (0, 0, 0, 0), ("sm_100", 128): (0, 32, 0, 0),
+    ("gfx942", 64): (0, 0, 0, 0), ("gfx942", 128): (0, 0, 0, 0),
+}  # fmt: skip
+SPILLS_IN_LOOP = {("sm_90", 128): (0, 64, 24, 16)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_the_target(target, D, dtype, record_property):
-    """Compiles, uses the matrix unit, stays within shared memory; the forward spills nothing on sm_90."""
+    """Compiles, uses the matrix unit, stays within shared memory, spills no more than it did in bfloat16."""
     recorded = launches(target, D, dtype)
-    assert set(recorded) == {*KERNELS, *VECTOR_KERNELS}
+    assert set(recorded) == {*KERNELS, "row_stats_kernel"}
     for name, launch in recorded.items():
         resources = compile_launch(launch, target)
         record_property(f"{name} {target} D={D} {dtype}", str(resources))
         assert resources.shared_memory <= SHARED_MEMORY_LIMIT[target], name
         if name in KERNELS:
             assert resources.matrix_instructions > 0, f"{name}: no matrix instructions"
-        if name == "forward_kernel" and target == "sm_90":
-            assert resources.spill_bytes == 0, f"{name}: {resources}"
+        if name in KERNELS and dtype is torch.bfloat16:
+            kernel = KERNELS.index(name)
+            assert resources.spill_bytes <= SPILLED_BYTES[target, D][kernel], f"{name}: {resources}"
+            assert resources.spills_in_loop <= SPILLS_IN_LOOP.get((target, D), (0, 0, 0, 0))[kernel], (
+                f"{name}: {resources}"
+            )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_position_term_costs_less_than_it_did(target):
+    """Thread-instructions a score of the forward's main loop, beside the same kernel without a position term."""
+    launch = launches(target, 64)["forward_kernel"]
+    ours, plain = (compile_launch(x, target).instructions_per_score for x in (launch, without_position_term(launch)))
+    assert 12 < plain < 18
+    assert ours <= 2.25 * plain
 
 
 @pytest.mark.parametrize("D", [41, 256])
@@ -65,14 +86,18 @@ def test_float32_kernels_fit_the_target(target, D):
 
 @pytest.mark.parametrize("terms", ["", "all", "q_pos"])
 def test_lengths_do_not_compile_variants(terms):
-    """One variant of every kernel serves all lengths, aligned or not, 1 included; 16 heads fill the dr kernel alone."""
+    """One variant of every kernel serves all lengths, aligned or not, 1 included; 16 heads fill the dr kernel alone.
+
+    But the forward has one for ranges of keys.
+    """
     for D, H in ((64, 4), (64, 16), (41, 10)):
         keys = {}
         for T in (1, 150, 160, 512, 513):
             for M in (0, 150, 512, 1600):
                 for name, launch in launches("sm_90", D, T=T, M=M, H=H, terms=terms).items():
-                    keys.setdefault(name, set()).add(specialization_key(launch))
-        assert keys.keys() >= {*KERNELS, "row_stats_kernel"}
+                    in_ranges = " of ranges" if launch.values.get("range_keys") else ""
+                    keys.setdefault(name + in_ranges, set()).add(specialization_key(launch))
+        assert keys.keys() >= {*KERNELS, "forward_kernel of ranges", "combine_kernel", "row_stats_kernel"}
         assert {name: len(variants) for name, variants in keys.items()} == dict.fromkeys(keys, 1)
 
 

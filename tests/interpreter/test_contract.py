@@ -1,6 +1,7 @@
 """The optional arguments of rel_attention in the kernels: every one, pairs and random sets, in Triton's interpreter."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_each_gradient_alone(name, use_tiles):
             given["segment"] = (given.pop("segment_scores"), *given.pop("segment_ids"))
         (got,) = torch.autograd.grad(triton_attention(**given), [alone[wanted]], dout)
         assert torch.equal(got, together[wanted]), wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [*TOGETHER, "window", "key lengths", "nothing"])
+def test_ranges_of_keys(name, dtype, use_tiles, monkeypatch):
+    """Few queries: the keys go to several programs, whose results are put together; some have no visible key."""
+    use_tiles(16, 16)
+    monkeypatch.setattr(launch, "_RANGE_KEYS", 16)
+    kernel, grids = launch.combine_kernel, []
+    monkeypatch.setattr(launch, "combine_kernel", mock.MagicMock(__getitem__=lambda _, x: grids.append(x) or kernel[x]))
+    check(TOGETHER.get(name, {name} - {"nothing"}), T=5, M=85, dtype=dtype)
+    assert grids == [(4,)]
 
 
 def test_float32_beside_float16(use_tiles):

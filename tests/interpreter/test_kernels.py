@@ -69,6 +69,14 @@ def test_float16(use_tiles):
     check(make_inputs(2, 2, 37, 21, 32, dtype=torch.float16))
 
 
+def test_large_row_bias(use_tiles):
+    """Queries beyond T have a row bias too, here one whose exponential float32 does not hold."""
+    use_tiles(16, 16)
+    inputs = make_inputs(1, 1, 5, 9, 16, dtype=torch.float16)
+    inputs["r_bias"] = torch.linspace(0, 1000, 14, dtype=torch.float16)[None]
+    check(inputs)
+
+
 def test_float32_biases_beside_float16(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(2, 2, 21, 9, 16, dtype=torch.float16)

@@ -107,13 +107,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(inputs: Inputs, options: Options) -> torch.dtype:
     """The dtype of products and scores: that of sums, but bfloat16 where a CPU multiplies it and no term adds to it."""
     dtype = inputs.q.dtype
-    if dtype is torch.bfloat16 and inputs.q.device.type == "cpu" and _cpu_multiplies_bfloat16():
+    if dtype is torch.bfloat16 and inputs.q.device.type == "cpu" and cpu_multiplies_bfloat16():
         return sum_dtype(dtype) if terms.needed(inputs, options) or inputs.r_bias is not None else dtype
     return sum_dtype(dtype)
 
 
 @functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

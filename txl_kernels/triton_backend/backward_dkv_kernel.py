@@ -8,7 +8,6 @@ from txl_kernels.triton_backend.primitives import (
     edge_tile,
     head_pointer,
     key_count,
-    load_query,
     load_row_stats,
     load_rows,
     position_block,
@@ -31,9 +30,7 @@ def _dkv_tile(
     do_matrix,
     table,
     terms,
-    u_ptr,
     stats,
-    h,
     offs_m,
     offs_n,
     row0,
@@ -49,24 +46,24 @@ def _dkv_tile(
     MASKED: tl.constexpr,
 ):
     """One tile of queries, its scores transposed so that they are the left operands of dK and dV."""
-    q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
     q_position = q
     if q_pos_matrix is not None:
         q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
-    # (N, D) x (D, M) -> (N, M): content, and position once for every block of r that the tile touches
-    ac = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    # (N, D) x (D, M) -> (N, M): position, once for every block of r that the tile touches, and content on top of it
     raw = ()
     for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
         rows = row0 - g * BLOCK_N + tl.arange(0, BLOCK_N)
         raw = raw + (position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION, TRANSPOSED=True),)
     e = block_of(tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None], BLOCK_N)
     bd = rotate_down(select_block(raw, e), BLOCK_M, BLOCK_N)
+    products = tl.dot(k, tl.trans(q), bd, input_precision=PRECISION)
     lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p, _, ds = gradients(
-        ac + bd,
+        products,
         dp,
         lse[None, :],
         rest[None, :],
@@ -87,10 +84,10 @@ def _dkv_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
         "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
         "dk_ptr", "dv_ptr", "du_ptr", "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh",
-        "stride_rb", "stride_rh", "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm",
+        "stride_rb", "stride_rh", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm",
         "stride_dob", "stride_doh", "stride_dkb", "stride_dkh", "stride_dvb", "stride_dvh",
         "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
@@ -100,8 +97,7 @@ def backward_dkv_kernel(
     k_ptr,
     v_ptr,
     r_ptr,
-    u_ptr,
-    column_ptr,
+    r_bias_ptr,
     q_pos_ptr,
     segment_ptr,
     q_ids_ptr,
@@ -128,7 +124,6 @@ def backward_dkv_kernel(
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_cb,
     stride_pb,
     stride_ph,
     stride_pm,
@@ -168,7 +163,7 @@ def backward_dkv_kernel(
 ):
     """dk and dv of BLOCK_N keys, from one query head. Grid: (key tiles * B * H,), the keys with most queries first.
 
-    dv_j = sum_i p[i, j] do_i and dk_j = scale sum_i ds[i, j] (q_i + u), (B, H, S, D). The column sums of ds give this
+    dv_j = sum_i p[i, j] do_i and dk_j = scale sum_i ds[i, j] q_i, (B, H, S, D). The column sums of ds give this
     tile's share of du = scale sum_{b, j} (sum_i ds[i, j]) k_j, stored in du (B, H, key tiles, D) in float32.
     """
     n_key_tiles = tl.cdiv(S, BLOCK_N)
@@ -190,9 +185,9 @@ def backward_dkv_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    if column_ptr is not None:
-        column_ptr += b * stride_cb + h * P
-    table = (head_r_ptr, stride_rp, r_rows), column_ptr
+    if r_bias_ptr is not None:
+        r_bias_ptr += h * P
+    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
     q_pos_matrix = None
     if q_pos_ptr is not None:
         q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
@@ -233,14 +228,14 @@ def backward_dkv_kernel(
     for tile in tl.range(lower, upper):
         i0 = first + tile * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, u_ptr, stats, h,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
             i0 + offs_y, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
     for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
         i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, u_ptr, stats, h,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
             i0 + offs_y, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip

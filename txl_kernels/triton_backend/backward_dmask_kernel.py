@@ -7,7 +7,6 @@ from txl_kernels.triton_backend.primitives import (
     block_of,
     head_pointer,
     key_count,
-    load_query,
     load_row_stats,
     load_rows,
     position_block,
@@ -19,10 +18,10 @@ from txl_kernels.triton_backend.scores import dropout_key, gradients
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
         "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr", "dmask_ptr",
         "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
-        "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob", "stride_doh",
+        "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob", "stride_doh",
         "B", "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
         "mask_b", "mask_h", "mask_t", "mask_s",
     ]
@@ -32,8 +31,7 @@ def backward_dmask_kernel(
     k_ptr,
     v_ptr,
     r_ptr,
-    u_ptr,
-    column_ptr,
+    r_bias_ptr,
     q_pos_ptr,
     segment_ptr,
     q_ids_ptr,
@@ -58,7 +56,6 @@ def backward_dmask_kernel(
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_cb,
     stride_pb,
     stride_ph,
     stride_pm,
@@ -132,11 +129,11 @@ def backward_dmask_kernel(
             head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
         else:
             head_r_ptr: tl.constexpr = None
-        if column_ptr is not None:
-            head_column_ptr = column_ptr + b * stride_cb + h * P
+        if r_bias_ptr is not None:
+            head_r_bias_ptr = r_bias_ptr + h * P
         else:
-            head_column_ptr: tl.constexpr = None
-        table = (head_r_ptr, stride_rp, r_rows), head_column_ptr
+            head_r_bias_ptr: tl.constexpr = None
+        table = (head_r_ptr, stride_rp, r_rows), head_r_bias_ptr
         do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
         lane = b * H + h
         terms = (
@@ -148,7 +145,7 @@ def backward_dmask_kernel(
         stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
         for i0 in tl.range(i_first, i_last, BLOCK_M):
             offs_m = i0 + offs_y
-            q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+            q = load_rows(q_matrix, offs_m, D, BLOCK_D)
             q_position = q
             if q_pos_ptr is not None:
                 q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)

@@ -7,7 +7,6 @@ from txl_kernels.triton_backend.primitives import (
     collect,
     head_pointer,
     key_count,
-    load_query,
     load_row_stats,
     load_rows,
     position_block,
@@ -105,11 +104,11 @@ def _dq_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
         "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
         "dq_ptr", "dq_pos_ptr",
         "dsegment_ptr", "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb",
-        "stride_rh", "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob",
+        "stride_rh", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob",
         "stride_doh", "stride_dqb", "stride_dqh", "stride_dpb", "stride_dph",
         "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
@@ -119,8 +118,7 @@ def backward_dq_kernel(
     k_ptr,
     v_ptr,
     r_ptr,
-    u_ptr,
-    column_ptr,
+    r_bias_ptr,
     q_pos_ptr,
     segment_ptr,
     q_ids_ptr,
@@ -147,7 +145,6 @@ def backward_dq_kernel(
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_cb,
     stride_pb,
     stride_ph,
     stride_pm,
@@ -210,9 +207,9 @@ def backward_dq_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    if column_ptr is not None:
-        column_ptr += b * stride_cb + h * P
-    table = (head_r_ptr, stride_rp, r_rows), column_ptr
+    if r_bias_ptr is not None:
+        r_bias_ptr += h * P
+    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
     do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
     lane = b * H + h
@@ -225,7 +222,7 @@ def backward_dq_kernel(
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
     offs_x = tl.arange(0, BLOCK_N)
-    q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
     do = load_rows(do_matrix, offs_m, D, BLOCK_D)
     lse, rest, delta = load_row_stats((lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
     # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.

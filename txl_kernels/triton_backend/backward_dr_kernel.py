@@ -8,9 +8,7 @@ from txl_kernels.triton_backend.primitives import (
     edge_tile,
     head_pointer,
     key_count,
-    load_bias,
-    load_column,
-    load_query,
+    load_row_bias,
     load_row_stats,
     load_rows,
     rotate_up,
@@ -48,16 +46,14 @@ def _dr_tile(
     dr,
     colsum,
     r,
-    column,
+    row_bias,
     q_matrix,
     q_pos_matrix,
     do_matrix,
     k_matrix,
     v_matrix,
     terms,
-    u_ptr,
     stats,
-    h,
     offs_m,
     j0,
     bounds,
@@ -72,17 +68,17 @@ def _dr_tile(
     MASKED: tl.constexpr,
 ):
     """One tile of queries in the coordinates (i, p), where j = j0 + ii + x: position needs no shift, keys do."""
-    q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    # (N, D) x (D, M) -> (N, M): dP (first, which saves registers), content, position
+    do = load_rows(do_matrix, offs_m, D, BLOCK_D)
+    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION)
+    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
     q_position = q
     if q_pos_matrix is not None:
         q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
-    # (N, D) x (D, M) -> (N, M): position, content, dP
-    products = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION) + column[:, None]
+    products = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION) + row_bias[:, None]
     if r is not None:
         products += tl.dot(r, tl.trans(q_position), input_precision=PRECISION)
     lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
-    do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION)
     offs_n = j0 + tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
     _, _, ds = gradients(
         products,
@@ -106,12 +102,11 @@ def _dr_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
+        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
         "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
-        "bias_difference_ptr",
         "dr_ptr", "dposition_bias_ptr", "dr_bias_ptr",
         "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
-        "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob", "stride_doh",
+        "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob", "stride_doh",
         "B", "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
     ]
 )  # fmt: skip
@@ -120,8 +115,7 @@ def backward_dr_kernel(
     k_ptr,
     v_ptr,
     r_ptr,
-    u_ptr,
-    column_ptr,
+    r_bias_ptr,
     q_pos_ptr,
     segment_ptr,
     q_ids_ptr,
@@ -133,7 +127,6 @@ def backward_dr_kernel(
     lse_ptr,
     rest_ptr,
     delta_ptr,
-    bias_difference_ptr,
     dr_ptr,
     dposition_bias_ptr,
     dr_bias_ptr,
@@ -149,7 +142,6 @@ def backward_dr_kernel(
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_cb,
     stride_pb,
     stride_ph,
     stride_pm,
@@ -184,9 +176,8 @@ def backward_dr_kernel(
 ):
     """dr of BLOCK_N rows of one head, summed over a range of batch elements. Grid: (row blocks * H, ranges).
 
-    dr_p = scale sum_{b, i} ds_raw[i, p] (q_i + v), with q + v = (q + u) + (v - u): the second part is the column sum
-    of ds_raw times bias_difference = v - u, (H, D). Where an r of its own belongs to every batch element (stride_rb is
-    not 0), a range is one element. The same column sums are this block's share of the gradient of r_bias, and give its
+    dr_p = scale sum_{b, i} ds_raw[i, p] q_pos_i. Where an r of its own belongs to every batch element (stride_rb is not
+    0), a range is one element. The column sums of ds_raw are this block's share of the gradient of r_bias, and give its
     share of the position bias gradient scale sum_{b, p} (sum_i ds_raw[i, p]) r_p. All are stored in float32:
     dr (ranges, H, P, DR), dr_bias (ranges, H, P), dposition_bias (ranges, row blocks, H, D).
     """
@@ -210,9 +201,9 @@ def backward_dr_kernel(
     if r_ptr is not None:
         r_matrix = (head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED), stride_rp, hidden_from)
         r = load_rows(r_matrix, offs_p, DR, BLOCK_DR)
-    column = tl.zeros((BLOCK_N,), tl.float32)
-    if column_ptr is not None:
-        column = load_column(column_ptr + part * stride_cb + h * P, offs_p, hidden_from)
+    row_bias = tl.zeros((BLOCK_N,), tl.float32)
+    if r_bias_ptr is not None:
+        row_bias = load_row_bias(r_bias_ptr + h * P, offs_p, hidden_from)
     dr = tl.zeros((BLOCK_N, BLOCK_DR), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -247,15 +238,15 @@ def backward_dr_kernel(
         for tile in tl.range(lower, upper):
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(
-                dr, colsum, r, column, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms, u_ptr,
-                stats, h, i0 + offs_y, c + i0, bounds, scale,
+                dr, colsum, r, row_bias, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms,
+                stats, i0 + offs_y, c + i0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
             )  # fmt: skip
         for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
             i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
             dr, colsum = _dr_tile(
-                dr, colsum, r, column, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms, u_ptr,
-                stats, h, i0 + offs_y, c + i0, bounds, scale,
+                dr, colsum, r, row_bias, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms,
+                stats, i0 + offs_y, c + i0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
             )  # fmt: skip
 
@@ -265,8 +256,6 @@ def backward_dr_kernel(
         tl.store(dr_bias_ptr + (part * H + h) * P + offs_p, colsum, mask=offs_p < P)
     if r_ptr is not None:
         dr = tl.where(visible[:, None], dr * scale, 0.0)
-        if bias_difference_ptr is not None:
-            dr += colsum[:, None] * load_bias(bias_difference_ptr, h, DR, BLOCK_DR)[None, :]
         store_rows((dr_ptr + (part * H + h) * P * DR, DR, P), dr, offs_p, DR, BLOCK_DR)
     if dposition_bias_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)

@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
+    LOWEST,
     exp,
+    exp_difference,
     head_pointer,
     key_count,
-    load_query,
     load_rows,
     position_block,
     shift_in,
@@ -15,15 +16,12 @@ from txl_kernels.triton_backend.primitives import (
 )
 from txl_kernels.triton_backend.scores import dropout_key, dropped, scores
 
-# Below every score but -inf: a row whose keys are all hidden keeps a sum of 0.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
 
 @triton.jit
-def _softmax_step(acc, l_i, m_i, s, dtype: tl.constexpr):
+def softmax_step(acc, l_i, m_i, s, dtype: tl.constexpr, EXACT: tl.constexpr):
     """Online softmax: p = exp(s - m), with the running sums rescaled to the new row maximum."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    p = exp(s - m_new[:, None], dtype)
+    p = exp_difference(s, m_new[:, None], dtype, EXACT)
     alpha = exp(m_i - m_new, dtype)
     return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
 
@@ -61,7 +59,7 @@ def _forward_tile(
     raw = position_block(q_position, table, row0 + tl.arange(0, BLOCK_N), DR, BLOCK_DR, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
     s, _ = scores(ac + bd, terms, offs_m[:, None], offs_n[None, :], bounds, scale, q.dtype, MASKED)
-    p, acc, l_i, m_i = _softmax_step(acc, l_i, m_i, s, q.dtype)
+    p, acc, l_i, m_i = softmax_step(acc, l_i, m_i, s, q.dtype, EXACT=terms[1][0] is not None)
     p = dropped(p, terms, offs_m[:, None], offs_n[None, :])
     # (M, N) x (N, D) -> (M, D)
     v = load_rows(v_matrix, offs_n, D, BLOCK_D)
@@ -71,11 +69,11 @@ def _forward_tile(
 
 # Lengths, and strides that follow from them, must not compile a new variant each.
 _UNSPECIALIZED = [
-    "q_ptr", "k_ptr", "v_ptr", "r_ptr", "u_ptr", "column_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr", "k_ids_ptr",
+    "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr", "k_ids_ptr",
     "mask_ptr", "lengths_ptr", "seed_ptr", "out_ptr", "lse_ptr",
     "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
-    "stride_cb", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_ob", "stride_oh",
-    "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
+    "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_ob", "stride_oh",
+    "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below", "range_keys",
 ]  # fmt: skip
 
 
@@ -85,8 +83,7 @@ def forward_kernel(
     k_ptr,
     v_ptr,
     r_ptr,
-    u_ptr,
-    column_ptr,
+    r_bias_ptr,
     q_pos_ptr,
     segment_ptr,
     q_ids_ptr,
@@ -108,7 +105,6 @@ def forward_kernel(
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_cb,
     stride_pb,
     stride_ph,
     stride_pm,
@@ -131,6 +127,7 @@ def forward_kernel(
     softcap,
     keep_below,
     keep_scale,
+    range_keys,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -140,9 +137,11 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Output and log-sum-exp of BLOCK_M queries of one head. Grid: (query tiles * B * H,), longest rows first.
+    """Output and log-sum-exp of BLOCK_M queries of one head. Grid: (query tiles * B * H, ranges), longest rows first.
 
-    Walks the keys once; each tile multiplies one new block of r and keeps what the next tiles need of it.
+    Walks the keys once; each tile multiplies one new block of r and keeps what the next tiles need of it. With
+    range_keys (a multiple of BLOCK_N) each program has that many keys only, and out and lse a dimension of ranges
+    before B.
     """
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
@@ -162,10 +161,9 @@ def forward_kernel(
         head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
     else:
         head_r_ptr: tl.constexpr = None
-    if column_ptr is not None:
-        column_ptr += b * stride_cb + h * P
-    table = (head_r_ptr, stride_rp, r_rows), column_ptr
-    out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
+    if r_bias_ptr is not None:
+        r_bias_ptr += h * P
+    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
     lane = b * H + h
     terms = (
         (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
@@ -175,7 +173,7 @@ def forward_kernel(
     )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
-    q = load_query(q_matrix, offs_m, u_ptr, h, D, BLOCK_D)
+    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
     q_position = q
     if q_pos_ptr is not None:
         q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
@@ -191,6 +189,12 @@ def forward_kernel(
         lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
     upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.minimum(keys, i0 + BLOCK_M - 1 + reach)
+    out_lane = bh
+    if range_keys is not None:
+        first = tl.program_id(1) * range_keys
+        start, lower = tl.maximum(start, first), tl.maximum(lower, first)
+        upper, end = tl.minimum(upper, first + range_keys), tl.minimum(end, first + range_keys)
+        out_lane += tl.program_id(1) * (tl.num_programs(0) // n_tiles).to(tl.int64)
 
     c = rel_offset - i0
     offs_x = tl.arange(0, BLOCK_N)
@@ -220,7 +224,9 @@ def forward_kernel(
 
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
+    out_aligned: tl.constexpr = ALIGNED and range_keys is None
+    out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, out_lane // H, h, out_aligned), stride_om, T)
     store_rows(out_matrix, acc / l_i[:, None], offs_m, D, BLOCK_D)
     stat_dtype: tl.constexpr = lse_ptr.dtype.element_ty
     lse = m_i.to(stat_dtype) + tl.log(l_i.to(stat_dtype))
-    tl.store(lse_ptr + bh * T + offs_m, tl.where(empty, float("-inf"), lse), mask=offs_m < T)
+    tl.store(lse_ptr + out_lane * T + offs_m, tl.where(empty, float("-inf"), lse), mask=offs_m < T)

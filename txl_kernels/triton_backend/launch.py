@@ -16,12 +16,15 @@ from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
 from txl_kernels.triton_backend.launch_table import generation_of, launch_for
-from txl_kernels.triton_backend.vector_kernels import column_kernel, row_stats_kernel
+from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
 # The dr kernel divides the batch where it has fewer (row block, head) pairs than this: a few for each processor.
 # The number is fixed, not read off the device, so that sums have the same order everywhere.
 _DR_PROGRAMS = 512
+# One tile of queries, as in generation, leaves most of a GPU idle where there are few (batch, head) pairs: the keys
+# are divided into ranges of a multiple of _RANGE_KEYS, up to so many programs. Fixed numbers, for the same reason.
+_RANGE_PROGRAMS, _RANGE_KEYS, _RANGE_ROWS = 512, 128, 16
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -32,9 +35,37 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
         call = _Call(inputs, options, others=(out,))
         tiling = call.tiling("forward")
-        forward_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
-            **call.arguments, **_strided("out", "o", "bhm", out), lse_ptr=lse, **tiling
+        tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
+        if tiles == 1:
+            ranges = max(1, min(_RANGE_PROGRAMS // (call.B * call.H), call.S // _RANGE_KEYS))
+        if ranges > 1:
+            range_keys = _RANGE_KEYS * triton.cdiv(call.S, _RANGE_KEYS * ranges)
+            ranges = triton.cdiv(call.S, range_keys)
+            parts = torch.empty((ranges * call.B, *q.shape[1:]), dtype=torch.float32, device=q.device)
+            lse_parts = lse.new_empty(len(parts), *lse.shape[1:])
+        else:
+            parts, lse_parts = out, lse
+        forward_kernel[(tiles * call.B * call.H, ranges)](
+            **call.arguments,
+            **_strided("out", "o", "bhm", parts),
+            lse_ptr=lse_parts,
+            range_keys=range_keys,
+            **tiling,
         )
+        if ranges > 1:
+            combine_kernel[(triton.cdiv(call.T, _RANGE_ROWS) * call.B * call.H,)](
+                out_parts_ptr=parts,
+                lse_parts_ptr=lse_parts,
+                **_strided("out", "o", "bhm", out),
+                lse_ptr=lse,
+                ranges=ranges,
+                H=call.H,
+                T=call.T,
+                ALIGNED=call.aligned,
+                D=call.D,
+                BLOCK_D=_padded(call.D),
+                BLOCK_M=_RANGE_ROWS,
+            )
     return out, lse
 
 
@@ -69,7 +100,8 @@ class _Call:
 
     def __init__(self, inputs: Inputs, options: Options, others: tuple[Tensor, ...]):
         self.inputs = inputs
-        q, k, v, r, content_bias = inputs[:5]
+        k, v, r = inputs.k, inputs.v, inputs.r
+        q, q_pos = _query_operands(inputs)
         self.B, self.H, self.T, self.D = q.shape
         self.S, self.P = k.shape[2], inputs.rows
         M = self.S - self.T
@@ -79,25 +111,17 @@ class _Call:
         self.r = None if r is None else r.expand(self.B, self.H, -1, -1)
         self.r_batches = 1 if r is None else len(r)
         self.DR = self.D if r is None else r.shape[-1]
-        self.difference = None if r is None or inputs.q_pos is not None else _bias_difference(*inputs[4:6])
-        q_pos = inputs.q_pos
-        if q.dtype is torch.float32 and self.difference is not None:
-            # The correction of 16 bits would cost float32 accuracy: the position query q + v is an operand of its own.
-            q_pos, self.difference = _with_bias(q, inputs.position_bias), None
         rows = [x for x in (q, k, v, self.r, q_pos, *others) if x is not None]
         # The gradient of q_pos may be denser than q_pos.
         dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
         self.aligned = dense and all(_is_aligned(x) for x in rows)
-        column = self._column()
         self.arguments = {
             **_strided("q", "q", "bhm", q),
             **_strided("k", "k", "bhn", k),
             **_strided("v", "v", "bhn", v),
             **_strided("r", "r", "bhp", self.r),
             **_strided("q_pos", "p", "bhm", q_pos),
-            "u_ptr": None if content_bias is None else content_bias.contiguous(),
-            "column_ptr": column,
-            "stride_cb": 0 if column is None or len(column) == 1 else column.stride(0),
+            "r_bias_ptr": _contiguous(inputs.r_bias),
             **self._terms(options),
             "H": self.H,
             "group": self.group,
@@ -141,27 +165,6 @@ class _Call:
             "keep_below": dropout.threshold(options.dropout_p) if dropping else None,
             "keep_scale": 1 / (1 - options.dropout_p) if dropping else None,
         }
-
-    def _column(self) -> Tensor | None:
-        """(v - u) . r[p] + r_bias[p], (1|B, H, P) in float32, or None where both are absent."""
-        r_bias = self.inputs.r_bias
-        r_bias = None if r_bias is None else r_bias.float().contiguous()
-        if self.difference is None or self.P == 0:
-            return None if r_bias is None else r_bias[None]
-        column = torch.empty((self.r_batches, self.H, self.P), dtype=torch.float32, device=self.r.device)
-        column_kernel[(triton.cdiv(self.P, _VECTOR_BLOCK) * self.H, self.r_batches)](
-            **_strided("r", "r", "bhp", self.r),
-            bias_difference_ptr=self.difference,
-            r_bias_ptr=r_bias,
-            column_ptr=column,
-            H=self.H,
-            P=self.P,
-            ALIGNED=self.aligned,
-            D=self.DR,
-            BLOCK_D=_padded(self.DR),
-            BLOCK_P=_VECTOR_BLOCK,
-        )
-        return column
 
 
 def _row_stats(call: _Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, Tensor | None]:
@@ -256,7 +259,6 @@ def _row_gradients(call: _Call, shared: dict) -> tuple[Tensor | None, Tensor | N
         **call.arguments,
         **shared,
         B=call.B,
-        bias_difference_ptr=call.difference,
         dr_ptr=dr_parts,
         dposition_bias_ptr=dposition_parts,
         dr_bias_ptr=dr_bias_parts,
@@ -322,16 +324,16 @@ def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in x.stride()[:-1])
 
 
+def _query_operands(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The queries of content and position, q + u and q + v (or q_pos), rounded once; None where they are the same."""
+    q, q_pos = inputs.q, inputs.q_pos
+    if q_pos is None and inputs.r is not None and inputs.position_bias is not inputs.content_bias:
+        q_pos = _with_bias(q, inputs.position_bias)
+    return _with_bias(q, inputs.content_bias), q_pos
+
+
 def _with_bias(q: Tensor, bias: Tensor | None) -> Tensor:
-    return q if bias is None else q + bias[:, None]
-
-
-def _bias_difference(content_bias: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
-    """v - u in float32, (H, D): what turns the content query into the position query."""
-    if position_bias is None:
-        return None if content_bias is None else -content_bias.float().contiguous()
-    difference = position_bias.float()
-    return (difference if content_bias is None else difference - content_bias.float()).contiguous()
+    return q if bias is None else torch.add(q, bias[:, None], out=torch.empty_like(q))
 
 
 def _input_precision(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages of every kernel, by pass, GPU generation, head size and element size.
 
 Looked up at call time, with no autotuning: lengths never trigger a recompile or a retune. The rows were chosen by
-the resource report of ahead-of-time compilation (least spilling, shared memory within the limit); none is tuned by
-timing on a GPU yet.
+`python -m benchmarks.tune --static` (shared memory within the limit, then least spilling, then fewest instructions a
+score); none is tuned by timing on a GPU yet, which the same command without --static does.
 """
 
 import functools
@@ -38,13 +38,13 @@ _HALF = {
         "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
         "dq": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
         "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(32, 64, 8, 1)},
-        "dr": {64: Launch(32, 64, 8, 1), 128: Launch(32, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+        "dr": {64: Launch(64, 64, 8, 1), 128: Launch(64, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
     },
     "gfx942": {
-        "forward": {64: Launch(64, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
+        "forward": {64: Launch(128, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
         "dq": {64: Launch(64, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 16, 4, 1)},
-        "dkv": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
-        "dr": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
+        "dkv": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 32, 4, 1)},
+        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
     },
 }
 # float32 elements: one row for every generation, sized for the smallest shared memory.

@@ -5,8 +5,7 @@ Row p of r serves the pair (i, j) when p = j - i + rel_offset, with rel_offset =
 Query i sees the keys max(0, i + begin) <= j < min(keys, i + reach): with M = S - T and a window (left, right),
 begin = M - left, or None without a limit, and reach = M + 1 + right, at most S; keys = S or fewer by key_lengths.
 
-One query operand serves both terms: (q + v) . r[p] = (q + u) . r[p] + column[p], column[p] = (v - u) . r[p]; a bias
-by row of r is added to the column. Only a q_pos of its own makes a second operand.
+The kernels' q is q + u; their q_pos is q + v, or what the caller gave, or None where it is q itself.
 
 The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
 the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e starting at row c - e N, and let
@@ -25,6 +24,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts, the first with 9 bits: its product with an exponent is exact.
 LN_2_HIGH = tl.constexpr(0.693359375)
 LN_2_LOW = tl.constexpr(-2.12194440054690583e-4)
+# Below every score but -inf, and finite times LOG2_E: a row whose keys are all hidden keeps a sum of 0.
+LOWEST = tl.constexpr(-2e38)
 
 
 @triton.jit
@@ -60,25 +61,9 @@ def store_rows(matrix, x, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_bias(ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Row h of a contiguous (H, D) bias in float32, (BLOCK_D,)."""
-    offs_d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + h * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_query(matrix, rows, u_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The query operand q + u of both score terms, added in float32, in the dtype of q; (len(rows), BLOCK_D)."""
-    q = load_rows(matrix, rows, D, BLOCK_D)
-    if u_ptr is not None:
-        q = (q.to(tl.float32) + load_bias(u_ptr, h, D, BLOCK_D)[None, :]).to(q.dtype)
-    return q
-
-
-@triton.jit
-def load_column(column_ptr, rows, n_rows):
-    """column[p] for the given rows of r, 0 outside the table; (len(rows),)."""
-    return tl.load(column_ptr + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0)
+def load_row_bias(r_bias_ptr, rows, n_rows):
+    """The bias of the given rows of r in float32, 0 outside the table; (len(rows),)."""
+    return tl.load(r_bias_ptr + rows, mask=(rows >= 0) & (rows < n_rows), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -100,11 +85,11 @@ def position_block(
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """raw[ii, x] = (q_ii + v) . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose.
+    """raw[ii, x] = q_ii . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose.
 
-    table is what depends on the relative position, the matrix of r and the column; the pointer of each may be None.
+    table is what depends on the relative position, the matrix of r and the row bias; the pointer of each may be None.
     """
-    matrix, column_ptr = table
+    matrix, r_bias_ptr = table
     if TRANSPOSED:
         raw = tl.zeros((rows.shape[0], q.shape[0]), tl.float32)
     else:
@@ -115,8 +100,8 @@ def position_block(
             raw = tl.dot(r, tl.trans(q), input_precision=PRECISION)
         else:
             raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
-    if column_ptr is not None:
-        bias = load_column(column_ptr, rows, matrix[2])
+    if r_bias_ptr is not None:
+        bias = load_row_bias(r_bias_ptr, rows, matrix[2])
         raw += bias[:, None] if TRANSPOSED else bias[None, :]
     return raw
 
@@ -226,6 +211,15 @@ def exp(x, dtype: tl.constexpr):
     else:
         y = tl.exp2(x * LOG2_E)
     return y
+
+
+@triton.jit
+def exp_difference(x, y, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """e^(x - y) for x <= y, y log2 e finite. EXACT subtracts first, which numbers as large as a mask's need.
+
+    In 16 bits x log2 e - y log2 e is one fused multiply-add for every x, and scores are rounded more than that rounds.
+    """
+    return exp(x - y, dtype) if EXACT or dtype == tl.float32 else tl.exp2(x * LOG2_E - y * LOG2_E)
 
 
 @triton.jit

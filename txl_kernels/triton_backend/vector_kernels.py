@@ -1,40 +1,9 @@
-"""The small vectors that the main kernels share: one value per row of r, a few per query."""
+"""The small passes around the main kernels: a few values per query, and the sum over ranges of keys."""
 
 import triton
 import triton.language as tl
 
-from txl_kernels.triton_backend.primitives import head_pointer, load_bias, load_rows
-
-
-@triton.jit(
-    do_not_specialize=["r_ptr", "bias_difference_ptr", "r_bias_ptr", "column_ptr", "stride_rb", "stride_rh", "H", "P"]
-)
-def column_kernel(
-    r_ptr,
-    bias_difference_ptr,
-    r_bias_ptr,
-    column_ptr,
-    stride_rb,
-    stride_rh,
-    stride_rp,
-    H,
-    P,
-    ALIGNED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """column[b, h, p] = (v - u)_h . r[b, h, p] + r_bias[h, p] in float32. Grid: (row blocks * H, batches of r)."""
-    n_blocks = tl.cdiv(P, BLOCK_P)
-    pid = tl.program_id(0)
-    offs_p = pid % n_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    h = (pid // n_blocks).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
-    r = load_rows((head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED), stride_rp, P), offs_p, D, BLOCK_D)
-    column = tl.sum(r.to(tl.float32) * load_bias(bias_difference_ptr, h, D, BLOCK_D)[None, :], 1)
-    if r_bias_ptr is not None:
-        column += tl.load(r_bias_ptr + h * P + offs_p, mask=offs_p < P, other=0.0)
-    tl.store(column_ptr + (b * H + h) * P + offs_p, column, mask=offs_p < P)
+from txl_kernels.triton_backend.primitives import LOWEST, head_pointer, load_rows, store_rows
 
 
 @triton.jit(
@@ -88,3 +57,54 @@ def row_stats_kernel(
     if rest_ptr is not None:
         rest = tl.where(empty, 0.0, lse) - tl.where(empty, 0.0, lse.to(tl.float32))
         tl.store(rest_ptr + bh * T + offs_m, rest.to(tl.float32), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "out_parts_ptr", "lse_parts_ptr", "out_ptr", "lse_ptr", "stride_ob", "stride_oh", "ranges", "H", "T",
+    ]
+)  # fmt: skip
+def combine_kernel(
+    out_parts_ptr,
+    lse_parts_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    ranges,
+    H,
+    T,
+    ALIGNED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The forward's output from that of ranges of keys, always summed in order. Grid: (tiles * B * H,).
+
+    out = sum_n exp(lse_n - lse) out_n with lse = log sum_n exp(lse_n): out_parts is (ranges, B, H, T, D) in float32.
+    """
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    offs_m = pid % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = offs_m < T
+    bh = (pid // n_tiles).to(tl.int64)
+    n_lanes = (tl.num_programs(0) // n_tiles).to(tl.int64)
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32).to(lse_ptr.dtype.element_ty)
+    for part in tl.range(0, ranges):
+        lse = tl.load(lse_parts_ptr + (part * n_lanes + bh) * T + offs_m, mask=inside, other=float("-inf"))
+        row_max = tl.maximum(row_max, lse)
+    total = tl.zeros_like(row_max)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for part in tl.range(0, ranges):
+        first = (part * n_lanes + bh) * T
+        lse = tl.load(lse_parts_ptr + first + offs_m, mask=inside, other=float("-inf"))
+        weight = tl.exp(lse - row_max)
+        total += weight
+        out += weight.to(tl.float32)[:, None] * load_rows((out_parts_ptr + first * D, D, T), offs_m, D, BLOCK_D)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, bh // H, bh % H, ALIGNED), stride_om, T)
+    store_rows(out_matrix, out / total.to(tl.float32)[:, None], offs_m, D, BLOCK_D)
+    lse = tl.where(empty, float("-inf"), row_max + tl.log(total))
+    tl.store(lse_ptr + bh * T + offs_m, lse, mask=inside)

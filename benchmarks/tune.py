@@ -1,0 +1,229 @@
+"""Finds rows for launch_table.py: times every candidate tile on this GPU, or compiles it for GPUs that are not there.
+
+    python -m benchmarks.tune --minutes 9 --state build/tune.jsonl     # on a GPU; again to go on
+    python -m benchmarks.tune --static sm_80 sm_90                     # without one
+
+On a GPU a candidate counts only if its results are within the error policy of the tests. Without one, candidates are
+ranked by what fits into shared memory, then spilled bytes, then thread-instructions of the main loop a score: none
+of these is a speed. Compiled kernels stay in Triton's cache, so a second static sweep takes a fraction of the time.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+
+from benchmarks.measure import Stopwatch, truth_and_reference_by_head
+from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth, make_inputs
+from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch, with_tiling
+from tests.compile.recorded import launches
+from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
+from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend.launch_table import Launch, generation_of, launch_for
+
+KERNELS = {
+    "forward": "forward_kernel",
+    "dq": "backward_dq_kernel",
+    "dkv": "backward_dkv_kernel",
+    "dr": "backward_dr_kernel",
+}
+# What a pass computes, in the order of the gradients that come back.
+NEEDED = {"dq": ("q",), "dkv": ("k", "v", "content_bias"), "dr": ("r", "position_bias")}
+HEAD_SIZES = (64, 128, 256)
+ROUNDS = 20
+
+
+class Job(NamedTuple):
+    """One candidate row."""
+
+    name: str
+    D: int
+    row: Launch
+
+
+def candidates(name: str, D: int, generation: str, stages: tuple[int, ...]) -> Iterator[Launch]:
+    """The current row, then every other one worth a look; 16 queries or keys only at the largest head size."""
+    current = launch_for(name, generation, D, 2)
+    yield current
+    sizes = (16, 32, 64) if D == 256 else (32, 64, 128)
+    for block_m, block_n, warps, num_stages in itertools.product(sizes, sizes, (4, 8), stages):
+        # More than 32 float32 scores a thread spill in every kernel; fewer than 4 leave warps without work.
+        if (
+            4 <= block_m * block_n / (32 * warps) <= 32
+            and (row := Launch(block_m, block_n, warps, num_stages)) != current
+        ):
+            yield row
+
+
+def jobs(names: list[str], head_sizes: list[int], generation: str, stages: tuple[int, ...]) -> list[Job]:
+    """All candidates, the smallest head size first."""
+    return [Job(n, D, row) for D in head_sizes for n in names for row in candidates(n, D, generation, stages)]
+
+
+def compiled(target: str, job: Job, dtype: torch.dtype = torch.bfloat16) -> dict:
+    """What the compiler reports of a candidate, by name; "error" alone where it does not compile."""
+    recorded = launches(target, job.D, dtype)[KERNELS[job.name]]
+    started = time.monotonic()
+    try:
+        resources = compile_launch(with_tiling(recorded, *job.row), target)
+    except Exception as error:  # whatever the compiler raises: the sweep goes on
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+    return {
+        "fits": resources.shared_memory <= SHARED_MEMORY_LIMIT[target],
+        "spill": resources.spill_bytes,
+        "score": resources.instructions_per_score or 0.0,
+        "registers": resources.registers,
+        "shared": resources.shared_memory,
+        "matrix": resources.matrix_instructions,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def static_sweep(target: str, todo: list[Job], processes: int, shown: int) -> None:
+    """Prints the candidates of every pass and head size, best first."""
+    with ProcessPoolExecutor(processes, initializer=os.nice, initargs=(10,)) as pool:
+        reports = list(zip(todo, pool.map(compiled, itertools.repeat(target), todo), strict=True))
+    for (D, name), group in itertools.groupby(reports, key=lambda x: (x[0].D, x[0].name)):
+        print(f"\n{target} {name} {D} (spilled bytes, instructions a score, registers, shared, matrix instructions)")
+        group = list(group)
+        current = group[0][0].row
+        good = [(job.row, x) for job, x in group if x.get("fits")]
+        good.sort(key=lambda x: (x[1]["spill"], x[1]["score"]))
+        for place, (row, x) in enumerate(good):
+            if place < shown or row == current:
+                print(
+                    f"{'*' if row == current else ' '} {tuple(row)!s:>16} {x['spill']:5} {x['score']:6.1f} "
+                    f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}"
+                )
+        left_out = len(group) - len(good)
+        print(f"  {left_out} of {len(group)} do not compile or do not fit", flush=True)
+
+
+class Pass:
+    """One pass at one head size on this GPU, with its inputs, the truth and the eager reference."""
+
+    def __init__(self, name: str, D: int, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+        self._name = name
+        tensors = make_inputs(**sizes, D=D, dtype=dtype, device=device)
+        dout = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        self._truth, self._reference = truth_and_reference_by_head(tensors, dout)
+        self._inputs, self._dout = Inputs(**tensors), dout
+        self._options = Options(-1, 0, D**-0.5, sizes["T"] + sizes["M"] - 1, None, 0.0)
+        self._out, self._lse = launch.forward(self._inputs, self._options)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Results by name."""
+        if self._name == "forward":
+            return {"out": launch.forward(self._inputs, self._options)[0]}
+        needs = [x in NEEDED[self._name] for x in DIFFERENTIABLE]
+        gradients = launch.backward(self._dout, None, self._inputs, self._out, self._lse, self._options, needs)
+        return {x: g for x, g in zip(DIFFERENTIABLE, gradients, strict=True) if g is not None}
+
+    def check(self, results: dict[str, torch.Tensor]) -> None:
+        """Raises AssertionError where a result is outside the error policy."""
+        factor = OUTPUT_FACTOR if self._name == "forward" else GRADIENT_FACTOR
+        for name, x in results.items():
+            truth = name if name in self._truth else f"d{name}"
+            assert_close_to_truth(name, x, self._truth[truth], self._reference[truth], factor)
+
+
+def measured(work: Pass, row: Launch, stopwatch: Callable, device: torch.device) -> dict:
+    """Median milliseconds of a candidate, captured in a graph so that the host takes no part; or its error."""
+    try:
+        with mock.patch.object(launch, "launch_for", return_value=row):
+            work.check(work.run())
+            function = work.run
+            if device.type == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    work.run()
+                function = graph.replay
+            stopwatch(function)
+            return {"ms": 1e3 * median(stopwatch(function) for _ in range(ROUNDS if device.type == "cuda" else 1))}
+    except Exception as error:  # out of shared memory, or wrong results: the sweep goes on
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+
+
+def measured_sweep(device: torch.device, todo: list[Job], minutes: float, state: Path | None, smoke: bool) -> bool:
+    """Times what the state file does not hold yet, then prints the fastest rows; False when time ran out before."""
+    deadline = time.monotonic() + 60 * minutes
+    stopwatch = Stopwatch(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
+    lines = state.read_text().splitlines() if state and state.exists() else []
+    known = {tuple(x["job"]): x["result"] for x in map(json.loads, lines) if x["on"] == versions}
+
+    def key(job: Job) -> tuple:
+        return (job.name, job.D, *job.row)
+
+    finished = True
+    for (name, D), group in itertools.groupby(todo, key=lambda job: (job.name, job.D)):
+        left = [job for job in group if key(job) not in known]
+        if not left or time.monotonic() > deadline:
+            finished = finished and not left
+            continue
+        B, T, M = (1, 40, 33) if smoke else (8, 1024, 1024)
+        work = Pass(name, D, device, dtype, {"B": B, "H": B, "T": T, "M": M})
+        for job in left:
+            if time.monotonic() > deadline:
+                finished = False
+                break
+            result = known[key(job)] = measured(work, job.row, stopwatch, device)
+            print(name, D, tuple(job.row), result, flush=True)
+            if state:
+                state.parent.mkdir(parents=True, exist_ok=True)
+                with state.open("a") as file:
+                    file.write(json.dumps({"on": versions, "job": key(job), "result": result}) + "\n")
+    print(f"\n# {versions}, {date.today()}{'' if finished else ', unfinished'}")
+    for name in KERNELS:
+        best = {}
+        for D in HEAD_SIZES:
+            times = {
+                tuple(row): x["ms"]
+                for (known_name, known_D, *row), x in known.items()
+                if (known_name, known_D) == (name, D) and "ms" in x
+            }
+            if times:
+                best[D] = Launch(*min(times, key=times.get))
+        if best:
+            print(f'"{name}": {{{", ".join(f"{D}: Launch{tuple(row)}" for D, row in best.items())}}},')
+    return finished
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--static", nargs="+", choices=TARGETS, metavar="TARGET", help="compile only, for these GPUs")
+    parser.add_argument("--passes", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--head-sizes", nargs="+", type=int, choices=HEAD_SIZES, default=list(HEAD_SIZES))
+    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--processes", type=int, default=2, help="of the static sweep")
+    parser.add_argument("--shown", type=int, default=6, help="candidates printed by the static sweep")
+    parser.add_argument("--minutes", type=float, default=9, help="time budget on a GPU")
+    parser.add_argument("--state", type=Path, help="keeps the measurements, to go on from")
+    parser.add_argument("--smoke", action="store_true", help="tiny inputs, on the CPU in Triton's interpreter too")
+    options = parser.parse_args(arguments)
+    stages = tuple(options.stages)
+    for target in options.static or ():
+        static_sweep(target, jobs(options.passes, options.head_sizes, target, stages), options.processes, options.shown)
+    if options.static:
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    todo = jobs(options.passes, options.head_sizes, generation_of(device), stages)
+    return 0 if measured_sweep(device, todo, options.minutes, options.state, options.smoke) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
