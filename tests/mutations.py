@@ -51,7 +51,6 @@ MUTATIONS = {
     "dr: first tile skipped": ("primitives.py", "edge < lower, edge,", "edge < lower, edge + 1,"),
     "dr: tiles at the end skipped": ("backward_dr_kernel.py", "n_tiles - (upper - lower), num", "lower, num"),
     "dr: rows of the future not cleared": ("backward_dr_kernel.py", "(offs_p < hidden_from)\n", "(offs_p < P)\n"),
-    "dr: position bias part dropped": ("backward_dr_kernel.py", "dr += colsum[:, None]", "dr += 0 * colsum[:, None]"),
     "dr: a batch element left out": ("backward_dr_kernel.py", "(B * (part + 1)) // n_parts", "(B * (part + 1) - 1) // n_parts"),
     "delta: gradient of the log-sum-exp dropped": ("vector_kernels.py", "delta -= tl.load", "delta -= 0 * tl.load"),
     "launcher: distance of row 0 off by one": ("launch.py", "options.first_distance - M,", "options.first_distance - M + 1,"),

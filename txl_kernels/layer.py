@@ -153,7 +153,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         if r_bias.shape != (r_emb.shape[0], H):
             raise ValueError(f"r_bias: expected (P, H) = ({r_emb.shape[0]}, {H}) as r_emb, got {tuple(r_bias.shape)}")
         _check_dtype(self, "r_emb", r_emb)
-        r, r_bias = (_last_rows(x, S) for x in (r_emb, r_bias))
+        r, r_bias = (last_rows(x, S) for x in (r_emb, r_bias))
         return _attend(self, w, mems, r.transpose(0, 1), r_w_bias, None, r_bias.t(), attn_mask)
 
 
@@ -219,7 +219,7 @@ def _wrapped(
     return q_pos, r, r_bias
 
 
-def _last_rows(x: Tensor, n: int) -> Tensor:
+def last_rows(x: Tensor, n: int) -> Tensor:
     """The last n rows of x, the first one repeated in front where there are fewer."""
     return x[x.shape[0] - n :] if x.shape[0] >= n else torch.cat([x[:1].expand(n - x.shape[0], *x.shape[1:]), x])
 

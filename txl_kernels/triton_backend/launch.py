@@ -15,7 +15,7 @@ from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kern
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import generation_of, launch_for
+from txl_kernels.triton_backend.launch_table import FEW_QUERIES, generation_of, launch_for
 from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
@@ -34,7 +34,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
         call = _Call(inputs, options, others=(out,))
-        tiling = call.tiling("forward")
+        tiling = call.tiling("few" if call.T <= FEW_QUERIES else "forward")
         tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
         if tiles == 1:
             ranges = max(1, min(_RANGE_PROGRAMS // (call.B * call.H), call.S // _RANGE_KEYS))

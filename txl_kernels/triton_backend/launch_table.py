@@ -20,28 +20,34 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+# "few" is the forward of at most FEW_QUERIES, as in generation: memory-bound, if no product is made for absent rows.
+FEW_QUERIES = 16
 # Generation -> pass -> {largest padded head size: launch}, for 16-bit elements.
 _HALF = {
     "sm_80": {
         "forward": {64: Launch(64, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 32, 8, 1)},
+        "few": {64: Launch(16, 64, 4, 2), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 1)},
         "dq": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 16, 8, 1)},
         "dkv": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 32, 8, 1)},
         "dr": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 8, 1)},
     },
     "sm_90": {
-        "forward": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 32, 8, 1)},
+        "forward": {64: Launch(64, 32, 4, 2), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 1)},
+        "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
         "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 16, 8, 1)},
         "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 4, 2), 256: Launch(16, 64, 8, 1)},
         "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 64, 8, 1)},
     },
     "sm_100": {
         "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
+        "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
         "dq": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
-        "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(32, 64, 8, 1)},
+        "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 1), 256: Launch(32, 64, 8, 1)},
         "dr": {64: Launch(64, 64, 8, 1), 128: Launch(64, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
     },
     "gfx942": {
         "forward": {64: Launch(128, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
+        "few": {64: Launch(16, 64, 4, 1), 128: Launch(16, 64, 4, 1), 256: Launch(16, 32, 4, 1)},
         "dq": {64: Launch(64, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 16, 4, 1)},
         "dkv": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 32, 4, 1)},
         "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
@@ -50,6 +56,7 @@ _HALF = {
 # float32 elements: one row for every generation, sized for the smallest shared memory.
 _FLOAT = {
     "forward": {64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    "few": {64: Launch(16, 32, 4, 1), 128: Launch(16, 32, 4, 1), 256: Launch(16, 16, 4, 1)},
     "dq": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
     "dkv": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
     "dr": {64: Launch(32, 32, 8, 1), 128: Launch(16, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
@@ -57,7 +64,7 @@ _FLOAT = {
 
 
 def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
-    """The row for a pass ("forward", "dq", "dkv", "dr", "dmask"), generation, padded head size and element size."""
+    """The row for a pass (forward, few, dq, dkv, dr, dmask), generation, padded head size and element size."""
     kernel = "dq" if kernel == "dmask" else kernel  # the same products, less what they feed
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
     return rows[max(64, block_d)]

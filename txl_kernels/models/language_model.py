@@ -1,0 +1,296 @@
+"""The language model of the original Transformer-XL: segments that read, and leave, a memory of hidden states.
+
+Legend: B batch, H heads, T segment length, M memory length, S = M + T, D head size, C width (d_model).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from txl_kernels.layer import last_rows
+from txl_kernels.models.adaptive import AdaptiveEmbedding, ProjectedAdaptiveLogSoftmax, init_parameters
+from txl_kernels.models.decoder import (
+    DecoderLayer,
+    PositionalEmbedding,
+    RelLearnableDecoderLayer,
+    RelPartialLearnableDecoderLayer,
+)
+
+
+class MemTransformerLM(nn.Module):
+    """The Transformer-XL language model (Dai et al. 2019, arXiv 1901.02860, section 3).
+
+    ``attn_type`` chooses the attention: 0 that of the Transformer-XL (section 3.3), 1 a learned vector and bias for
+    every distance (Shaw et al. 2018), 2 absolute sinusoids (Vaswani et al. 2017), 3 learned absolute positions,
+    added in front of every layer (Al-Rfou et al. 2018). 0 and 1 run on the fused attention.
+
+    Carry the memory from segment to segment; without it a call starts afresh::
+
+        mems = []
+        for data, target in segments:
+            losses, *mems = model(data, target, *mems)
+            losses.mean().backward()
+
+    Deviations from the original:
+
+    - Parameters are drawn here, as its training script does by default; there they are uninitialised until then.
+    - Losses come in token order also with cutoffs, see `ProjectedAdaptiveLogSoftmax`.
+    - The memory handed in is left as it is; there attn_type 2 and 3 add positions to it in place. The new memory is
+      the same: what attn_type 2 and 3 keep holds positions, and gets them again each time it is read.
+    - attn_type 2 works with a memory that is still empty. Sampled softmax, which can't run there, is refused.
+
+    Args:
+        n_token: Size of the vocabulary.
+        n_layer: Number of layers.
+        n_head: Number of heads H.
+        d_model: Width C of the hidden states.
+        d_head: Head size D.
+        d_inner: Inner width of the feed-forward nets.
+        dropout: Probability on embeddings, sinusoids, attention output, in the feed-forward nets and on the output.
+        dropatt: Probability on the attention probabilities.
+        tie_weight: Whether input and output share the embeddings.
+        d_embed: Width of the embeddings, or of the first cluster's; None: d_model.
+        div_val: Each cluster's embeddings are narrower than those of the one before by this factor.
+        tie_projs: For each cluster, whether input and output share the projection, if there is one.
+        pre_lnorm: LayerNorm in front of attention and feed-forward net instead of behind them.
+        tgt_len: Tokens of a segment that are predicted.
+        ext_len: Tokens of a segment that the next one repeats as extended context.
+        mem_len: Largest number of hidden states kept for the next segment, per layer; 0: no memory.
+        cutoffs: First tokens of the clusters after the first, increasing; empty: one cluster.
+        adapt_inp: Accepted as in the original, not used.
+        same_length: Every token sees the nearest mem_len tokens only, itself included.
+        attn_type: 0 to 3, see above.
+        clamp_len: Distances beyond this one look like it (attn_type 0 and 2; in 1 like the one before it; not in 3);
+            <= 0: none do.
+        sample_softmax: Accepted as in the original, must be <= 0.
+        untie_r: Whether each layer has a content and a position bias of its own (attn_type 0; 1 has them anyway).
+        gradient_checkpointing: Recompute the inside of each layer in the backward pass instead of keeping it.
+
+    Raises:
+        ValueError: A size, a length, attn_type, cutoffs, div_val or tie_projs does not fit.
+        NotImplementedError: sample_softmax > 0.
+    """
+
+    def __init__(
+        self,
+        n_token: int,
+        n_layer: int,
+        n_head: int,
+        d_model: int,
+        d_head: int,
+        d_inner: int,
+        dropout: float,
+        dropatt: float,
+        tie_weight: bool = True,
+        d_embed: int | None = None,
+        div_val: int = 1,
+        tie_projs: Sequence[bool] = (False,),
+        pre_lnorm: bool = False,
+        tgt_len: int | None = None,
+        ext_len: int | None = None,
+        mem_len: int | None = None,
+        cutoffs: Sequence[int] = (),
+        adapt_inp: bool = False,
+        same_length: bool = False,
+        attn_type: int = 0,
+        clamp_len: int = -1,
+        sample_softmax: int = -1,
+        *,
+        untie_r: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        d_embed = d_model if d_embed is None else d_embed
+        sizes = {"n_token": n_token, "n_layer": n_layer, "n_head": n_head, "d_model": d_model}
+        _check_counts(1, sizes | {"d_head": d_head, "d_inner": d_inner, "d_embed": d_embed})
+        if attn_type not in (0, 1, 2, 3):
+            raise ValueError(f"attn_type: expected 0, 1, 2 or 3, got {attn_type}")
+        if attn_type == 3 and n_head * d_head != d_model:
+            raise ValueError(f"attn_type 3: expected n_head * d_head = d_model, got {n_head} * {d_head} and {d_model}")
+        if untie_r and attn_type != 0:
+            raise ValueError(f"untie_r: expected attn_type 0, whose layers share biases, got attn_type {attn_type}")
+        if sample_softmax > 0:
+            raise NotImplementedError(
+                f"sample_softmax: expected <= 0 (full softmax, adaptive with cutoffs), got {sample_softmax}: "
+                "sampled softmax is not implemented"
+            )
+        if len(tie_projs) > len(cutoffs) + 1:
+            raise ValueError(f"tie_projs: expected at most {len(cutoffs) + 1}, one a cluster, got {list(tie_projs)}")
+        self.n_token, self.n_layer, self.d_model, self.attn_type = n_token, n_layer, d_model, attn_type
+        self.same_length, self.clamp_len = same_length, clamp_len
+        self.gradient_checkpointing = gradient_checkpointing
+        self.reset_length(tgt_len, ext_len, mem_len)
+
+        self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
+        self.drop = nn.Dropout(dropout)
+        layer = (RelPartialLearnableDecoderLayer, RelLearnableDecoderLayer, DecoderLayer, DecoderLayer)[attn_type]
+        self.layers = nn.ModuleList(
+            layer(n_head, d_model, d_head, d_inner, dropout, dropatt, pre_lnorm=pre_lnorm) for _ in range(n_layer)
+        )
+        self.crit = ProjectedAdaptiveLogSoftmax(n_token, d_embed, d_model, cutoffs, div_val)
+        if tie_weight:
+            for output, embedding in zip(self.crit.out_layers, self.word_emb.emb_layers, strict=True):
+                output.weight = embedding.weight
+        for i, tie in enumerate(tie_projs):
+            if tie and self.crit.out_projs:
+                self.crit.out_projs[i] = self.word_emb.emb_projs[0 if div_val == 1 else i]
+
+        bias, rows = (n_head, d_head), tgt_len + ext_len + mem_len
+        if attn_type in (0, 2):
+            self.pos_emb = PositionalEmbedding(d_model)
+        else:
+            self.r_emb = nn.Parameter(torch.empty(n_layer, rows, *bias))
+        if attn_type in (0, 1):
+            per_layer = untie_r or attn_type == 1
+            self.r_w_bias = nn.Parameter(torch.empty(n_layer, *bias) if per_layer else torch.empty(bias))
+        if attn_type == 0:
+            self.r_r_bias = nn.Parameter(torch.empty_like(self.r_w_bias))
+        if attn_type == 1:
+            self.r_bias = nn.Parameter(torch.empty(n_layer, rows, n_head))
+        init_parameters(self)
+
+    def reset_length(self, tgt_len: int, ext_len: int, mem_len: int) -> None:
+        """Sets the lengths for the segments to come; learned positions keep the number of rows they were made with.
+
+        Raises:
+            ValueError: tgt_len < 1, ext_len < 0 or mem_len < 0, or not an int.
+        """
+        _check_counts(1, {"tgt_len": tgt_len})
+        _check_counts(0, {"ext_len": ext_len, "mem_len": mem_len})
+        self.tgt_len, self.ext_len, self.mem_len = tgt_len, ext_len, mem_len
+
+    def init_mems(self) -> list[Tensor] | None:
+        """The memory before the first segment: n_layer + 1 tensors of length 0; None if mem_len is 0."""
+        if not self.mem_len:
+            return None
+        weight = self.word_emb.emb_layers[0].weight
+        return [torch.empty(0, dtype=weight.dtype, device=weight.device) for _ in range(self.n_layer + 1)]
+
+    def forward(self, data: Tensor, target: Tensor, *mems: Tensor) -> list[Tensor]:
+        """Losses of a segment, and the memory for the next.
+
+        Args:
+            data: Tokens (T, B), int64.
+            target: For each of the last tokens of data, the token that follows it, (T', B) with 1 <= T' <= T, int64.
+            mems: The memory that the call for the segment before returned: n_layer + 1 tensors (M, B, C), any M.
+                None at all: an empty memory, see `init_mems`.
+
+        Returns:
+            [losses, *memory]: losses (T', B) in nats; memory, for the embedding and every layer's output, without
+            gradient, none with mem_len 0.
+
+        Raises:
+            TypeError: data or target is not int64.
+            ValueError: A shape or the number of mems does not fit; a token is not in the vocabulary (seen on CPU
+                only); same_length with mem_len 0, where no token would see any.
+        """
+        self._check(data, target, mems)
+        hidden, new_mems = self._forward(data, list(mems) or self.init_mems())
+        losses = self.crit(hidden[-target.shape[0] :].flatten(0, 1), target.flatten())
+        return [losses.view(target.shape), *(new_mems or [])]
+
+    def _forward(self, dec_inp: Tensor, mems: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor] | None]:
+        """Hidden states (T, B, C) of the tokens (T, B), and the new memory."""
+        T, M = dec_inp.shape[0], mems[0].shape[0] if mems else 0
+        read = [*mems] if mems else [None] * (self.n_layer + 1)
+        mask = self._mask(T, M, dec_inp.device)
+        h = self.word_emb(dec_inp)
+        if self.attn_type == 2:
+            read[0], h = _with_positions(self._sinusoids(M + T, h.device), read[0], h)
+        h = self.drop(h)
+        positions = self._positions(M + T, h.device)
+        hids = []
+        for i, layer in enumerate(self.layers):
+            if self.attn_type == 3:
+                rows = last_rows(self.r_emb[i], M + T).flatten(1)[:, None]
+                read[i], h = _with_positions(rows, read[i], h)
+            hids.append(h)
+            arguments = (h, *positions[i], mask, read[i])
+            h = checkpoint(layer, *arguments, use_reentrant=False) if self.gradient_checkpointing else layer(*arguments)
+        hids.append(h)
+        return self.drop(h), self._update_mems(hids, read) if mems else None
+
+    def _positions(self, S: int, device: torch.device) -> list[tuple[Tensor, ...]]:
+        """What the attention of each layer takes beside hidden states, mask and memory."""
+        if self.attn_type == 0:
+            r = self.drop(self._sinusoids(S, device))
+            u, v = (bias.expand(self.n_layer, *bias.shape[-2:]) for bias in (self.r_w_bias, self.r_r_bias))
+            return [(r, *biases) for biases in zip(u, v, strict=True)]
+        if self.attn_type == 1:
+            rows = slice(-self.clamp_len, None) if self.clamp_len > 0 else slice(None)
+            return list(zip(self.r_emb[:, rows], self.r_w_bias, self.r_bias[:, rows], strict=True))
+        return [()] * self.n_layer
+
+    def _sinusoids(self, S: int, device: torch.device) -> Tensor:
+        """Rows (S, 1, C) for the distances S - 1 ... 0, clamped."""
+        distances = torch.arange(S - 1, -1, -1, device=device)
+        return self.pos_emb(distances.clamp(max=self.clamp_len) if self.clamp_len > 0 else distances)
+
+    def _mask(self, T: int, M: int, device: torch.device) -> Tensor | None:
+        """None where a token sees all of its past, else the mask (T, S, 1) of ``same_length``, True = hidden."""
+        if not self.same_length or self.mem_len >= M + T:
+            return None
+        if not self.mem_len:
+            raise ValueError("mem_len: expected >= 1 with same_length, where a token sees mem_len tokens, got 0")
+        return _same_length_mask(T, M, self.mem_len, device)
+
+    def _update_mems(self, hids: list[Tensor], mems: list[Tensor]) -> list[Tensor]:
+        """The memory for the next segment (section 3.2), without gradient: cat(memory, states)[beg:end] per layer.
+
+        end = T + max(0, M - ext_len) is what the original computes: it hands over the two lengths in the wrong order.
+        Its comment means M + max(0, T - ext_len), the same for ext_len = 0.
+
+        Args:
+            hids: Hidden states of the segment, (T, B, C) each.
+            mems: Memory read by the segment, (M, B, C) each or of length 0.
+        """
+        T, M = hids[0].shape[0], mems[0].shape[0]
+        end = T + max(0, M - self.ext_len)
+        beg = max(0, end - self.mem_len)
+        # only what is kept is copied, so that the new memory does not hold on to the old
+        kept = slice(max(0, beg - M), max(0, end - M))
+        return [torch.cat([m.detach()[beg:end], h.detach()[kept]]) for m, h in zip(mems, hids, strict=True)]
+
+    def _check(self, data: Tensor, target: Tensor, mems: tuple[Tensor, ...]) -> None:
+        for name, x in (("data", data), ("target", target)):
+            if x.dtype != torch.int64:
+                raise TypeError(f"{name}: expected dtype torch.int64, got {x.dtype}")
+        if data.ndim != 2 or not data.shape[0]:
+            raise ValueError(f"data: expected (T, B) with T >= 1, got {tuple(data.shape)}")
+        T, B = data.shape
+        if target.ndim != 2 or target.shape[1] != B or not 1 <= target.shape[0] <= T:
+            raise ValueError(f"target: expected (1 to {T}, {B}) as data, got {tuple(target.shape)}")
+        if mems and len(mems) != self.n_layer + 1:
+            raise ValueError(f"mems: expected n_layer + 1 = {self.n_layer + 1} tensors or none, got {len(mems)}")
+        M = mems[0].shape[0] if mems else 0
+        if any(m.shape[0] != M or (M and m.shape != (M, B, self.d_model)) for m in mems):
+            shapes = [tuple(m.shape) for m in mems]
+            raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {self.d_model}) for each, got {shapes}")
+        for name, x in (("data", data), ("target", target)):
+            # elsewhere a look at the tokens would wait for the device
+            if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+                low, high = (int(bound) for bound in x.aminmax())
+                if low < 0 or high >= self.n_token:
+                    raise ValueError(f"{name}: expected tokens in 0 ... {self.n_token - 1}, got {low} ... {high}")
+
+
+def _with_positions(rows: Tensor, memory: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Adds the rows (S, 1, C) to memory, if there is any, and hidden states."""
+    M = rows.shape[0] - states.shape[0]
+    return memory + rows[:M] if M else memory, states + rows[M:]
+
+
+# layers recognise a mask once per object, so it is made once
+@lru_cache(maxsize=8)
+def _same_length_mask(T: int, M: int, mem_len: int, device: torch.device) -> Tensor:
+    every = torch.ones(T, M + T, dtype=torch.bool, device=device)
+    return (every.triu(M + 1) | every.tril(M - mem_len))[:, :, None]
+
+
+def _check_counts(least: int, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {count}")
