@@ -1,8 +1,8 @@
-"""`make gpu`: the GPU tests, then the benchmarks, in parts that can be resumed, each under nine minutes.
+"""`make gpu`: the GPU tests, the benchmarks, then the tuner, in parts that can be resumed, each under nine minutes.
 
 Uses the interpreter it runs in and installs nothing. A finished part leaves a file in the state folder and is
-skipped the next time; run it again until it says that all parts are done. Afterwards the benchmarks' results are
-saved, merged, in benchmarks/results/<gpu>/.
+skipped the next time; run it again until it says that all parts are done. Once the benchmarks are done their results
+are saved, merged, in benchmarks/results/<gpu>/; the tuner, which comes last, prints rows for launch_table.py.
 """
 
 import argparse
@@ -15,18 +15,17 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, tune
 from benchmarks.shapes import PEER_SHAPES, SHAPES
 
 ROOT = Path(__file__).parent.parent
 STATE = ROOT / ".benchmarks" / "gpu"
 TESTS = ["tests/gpu", "-m", "gpu and not long"]
 DTYPES = ("bf16", "fp16", "fp32")
-UNFINISHED = 75  # exit status: call again
 
 
 def parts() -> Iterator[tuple[str, list[str]]]:
-    """Name and pytest arguments of every part, tests first."""
+    """Name and pytest arguments of every part but the tuner, tests first."""
     for dtype in DTYPES:
         yield f"tests-{dtype}", [*TESTS, "-k", dtype]
     yield "tests-others", [*TESTS, "-k", f"not ({' or '.join(DTYPES)})"]
@@ -43,7 +42,7 @@ def parts() -> Iterator[tuple[str, list[str]]]:
 
 def run_part(name: str, arguments: list[str], seconds: float) -> bool | None:
     """Runs one part: whether it passed, or None when the time was up."""
-    command = [sys.executable, "-m", "pytest", *arguments]
+    command = [sys.executable, "-m", *arguments]
     if name.startswith("benchmark"):
         command += [f"--benchmark-json={STATE / name}.json", "--device=cuda"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -51,6 +50,8 @@ def run_part(name: str, arguments: list[str], seconds: float) -> bool | None:
     try:
         status = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
+        return None
+    if status == tune.UNFINISHED:
         return None
     if status == 0:
         (STATE / f"{name}.done").touch()
@@ -77,17 +78,26 @@ def main() -> None:
     STATE.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     failed = []
-    for name, arguments in parts():
+
+    def run(name: str, arguments: list[str]) -> None:
         if (STATE / f"{name}.done").exists():
-            continue
+            return
         passed = run_part(name, arguments, deadline - time.monotonic())
         if passed is None:
             print(f"time is up in {name}; failed so far: {failed or 'nothing'}; run it again for the rest")
-            sys.exit(UNFINISHED)
-        failed += [] if passed else [name]
+            sys.exit(tune.UNFINISHED)
+        if not passed:
+            failed.append(name)
+
+    for name, arguments in parts():
+        run(name, ["pytest", *arguments])
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
     save(options.results)
+    minutes = (deadline - time.monotonic()) / 60 - 0.5  # compilation of the last candidate
+    run("tune", ["benchmarks.tune", f"--minutes={minutes:.1f}", f"--state={STATE / 'tune.jsonl'}"])
+    if failed:
+        sys.exit("failed: tune")
     print("all parts are done")
 
 

@@ -43,6 +43,7 @@ KERNELS = {
 NEEDED = {"dq": ("q",), "dkv": ("k", "v", "content_bias"), "dr": ("r", "position_bias")}
 HEAD_SIZES = (64, 128, 256)
 ROUNDS = 20
+UNFINISHED = 75  # exit status: call again
 
 
 class Job(NamedTuple):
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     todo = jobs(options.passes, options.head_sizes, generation_of(device), stages)
-    return 0 if measured_sweep(device, todo, options.minutes, options.state, options.smoke) else 1
+    return 0 if measured_sweep(device, todo, options.minutes, options.state, options.smoke) else UNFINISHED
 
 
 if __name__ == "__main__":

@@ -235,6 +235,38 @@ def test_report_compares_bfloat16():
     )
 
 
+def test_gpu_parts_go_on_where_time_was_up(monkeypatch, tmp_path, capsys):
+    """Finished parts are not run again; results are saved before the tuner, which comes last."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu, tune
+
+    done = []
+
+    def run_part(name, arguments, seconds):
+        if name == "tune" and "tune" not in tried:
+            tried.add("tune")
+            return None
+        done.append(name)
+        (tmp_path / f"{name}.done").touch()
+        return True
+
+    tried = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "STATE", tmp_path)
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu, "save", lambda results: done.append("saved"))
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    names = [name for name, _ in gpu.parts()]
+    assert stopped.value.code == tune.UNFINISHED
+    assert done == [*names, "saved"]
+    assert names[0].startswith("tests")
+    gpu.main()
+    assert done == [*names, "saved", "saved", "tune"]
+    assert capsys.readouterr().out.endswith("all parts are done\n")
+
+
 def test_text_comes_from_cpython_or_a_file(monkeypatch, tmp_path):
     monkeypatch.delenv(language_model.TEXT_VARIABLE, raising=False)
     name, text = language_model.load_text(100_000)
