@@ -41,7 +41,10 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 
     With a second unit stride (windows that overlap) empty_like(x) would have another last dimension contiguous.
     """
-    unit = [dim for dim in range(x.ndim) if x.stride(dim) == 1 and x.shape[dim] > 1]
+    strides = x.stride()
+    if strides[-1] == 1 and 1 not in strides[:-1]:  # nearly always, and fast
+        return x
+    unit = [dim for dim in range(x.ndim) if strides[dim] == 1 and x.shape[dim] > 1]
     return x if unit == [x.ndim - 1] or x.shape[-1] == 1 else x.contiguous()
 
 
