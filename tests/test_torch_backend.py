@@ -22,7 +22,7 @@ from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend import backward, forward, tiles
 
 # Several tiles and several groups of lanes at sizes that an eager float64 truth does in milliseconds.
-SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16, "MANY_ROWS": 0, "WINDOW_ROWS": 8}
+SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16, "MANY_ROWS": 0}
 SIX = INPUTS[:6]
 
 

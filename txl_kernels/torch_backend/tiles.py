@@ -26,12 +26,9 @@ from txl_kernels.torch_backend import terms
 from txl_kernels.torch_backend.terms import Terms, part
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
-# smaller ones starve the matrix products.
-TILE_SCORES = 1 << 20
-MAX_ROWS = 256
-# A window of w keys makes tiles of t rows t + w keys wide, and raw scores without a causal edge are as much wider
-# than the keys: fewer rows waste less, down to this many.
-WINDOW_ROWS = 128
+# smaller ones starve the matrix products. bfloat16, half the size, gets tiles of twice the rows and scores.
+TILE_SCORES = 1 << 19
+MAX_ROWS = 128
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
 MANY_ROWS = 64
@@ -49,7 +46,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | None = None, both_sides: bool = False
+    B: int, H: int, T: int, S: int, heads_per_key: int = 1, window: int | None = None, in_half: bool = False
 ) -> Plan:
     """Cuts a problem so that a tile holds about TILE_SCORES scores, but one row of one key head at least.
 
@@ -60,18 +57,15 @@ def plan(
         H, T, S: query heads, queries and keys of the problem.
         heads_per_key: query heads for each key head; a group has all of them.
         window: left + right, or None where one of them is unlimited.
-        both_sides: whether the future is visible, so that t rows take t - 1 columns of raw scores more than keys.
+        in_half: whether scores are bfloat16.
     """
-    most_rows, widest = MAX_ROWS, S
-    if both_sides:
-        most_rows = min(MAX_ROWS, max(WINDOW_ROWS, S // 4))
+    most_rows, most_scores, widest = MAX_ROWS << in_half, TILE_SCORES << in_half, S
     if window is not None:
-        most_rows = min(most_rows, max(WINDOW_ROWS, window // 2))
         widest = min(S, window + most_rows)
-    most_rows = max(1, min(most_rows, TILE_SCORES // max(widest * heads_per_key, 1)))
+    most_rows = max(1, min(most_rows, most_scores // max(widest * heads_per_key, 1)))
     rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
     keys = S if window is None else min(S, window + rows)
-    lanes = max(1, TILE_SCORES // max(rows * keys * heads_per_key, 1))
+    lanes = max(1, most_scores // max(rows * keys * heads_per_key, 1))
     batches = max(1, min(B, lanes))
     return Plan(batches, heads_per_key * max(1, min(H // heads_per_key, lanes // batches)), rows, keys)
 
@@ -87,7 +81,7 @@ def groups(inputs: Inputs, options: Options) -> Iterator["Group"]:
     window = options.left + options.right if min(options.left, options.right) >= 0 else None
     for (n, _), run in groupby(range(B), key=lambda b: (n_keys[b], alone and b)):
         run = list(run)
-        size = plan(len(run), H, T, n, H // Hk, window, both_sides=options.right < 0)
+        size = plan(len(run), H, T, n, H // Hk, window, product_dtype(inputs, options) is torch.bfloat16)
         for heads in spans(H, size.heads):
             for part_of_run in spans(len(run), size.batches):
                 batches = slice(run[0] + part_of_run.start, run[0] + part_of_run.stop)
@@ -107,9 +101,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(inputs: Inputs, options: Options) -> torch.dtype:
     """The dtype of products and scores: that of sums, but bfloat16 where a CPU multiplies it and no term adds to it."""
     dtype = inputs.q.dtype
-    if dtype is torch.bfloat16 and inputs.q.device.type == "cpu" and cpu_multiplies_bfloat16():
-        return sum_dtype(dtype) if terms.needed(inputs, options) or inputs.r_bias is not None else dtype
-    return sum_dtype(dtype)
+    in_half = dtype is torch.bfloat16 and inputs.q.device.type == "cpu" and cpu_multiplies_bfloat16()
+    return dtype if in_half and inputs.r_bias is None and not terms.needed(inputs, options) else sum_dtype(dtype)
 
 
 @functools.cache
