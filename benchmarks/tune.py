@@ -4,8 +4,9 @@
     python -m benchmarks.tune --static sm_80 sm_90                     # without one
 
 On a GPU a candidate counts only if its results are within the error policy of the tests. Without one, candidates are
-ranked by what fits into shared memory, then spilled bytes, then thread-instructions of the main loop a score: none
-of these is a speed. Compiled kernels stay in Triton's cache, so a second static sweep takes a fraction of the time.
+ranked by what fits into shared memory, then whether products run one by one, then spilled bytes, then
+thread-instructions of the main loop a score: none of these is a speed. Compiled kernels stay in Triton's cache, so a
+second static sweep takes a fraction of the time.
 """
 
 import argparse
@@ -59,11 +60,11 @@ def candidates(name: str, D: int, generation: str, stages: tuple[int, ...]) -> I
     current = launch_for(name, generation, D, 2)
     yield current
     sizes = (16, 32, 64) if D == 256 else (32, 64, 128)
-    for block_m, block_n, warps, num_stages in itertools.product(sizes, sizes, (4, 8), stages):
+    for block_m, block_n, warps, num_stages, unroll in itertools.product(sizes, sizes, (4, 8), stages, (1, 2)):
         # More than 32 float32 scores a thread spill in every kernel; fewer than 4 leave warps without work.
         if (
             4 <= block_m * block_n / (32 * warps) <= 32
-            and (row := Launch(block_m, block_n, warps, num_stages)) != current
+            and (row := Launch(block_m, block_n, warps, num_stages, unroll)) != current
         ):
             yield row
 
@@ -84,6 +85,7 @@ def compiled(target: str, job: Job, dtype: torch.dtype = torch.bfloat16) -> dict
     return {
         "fits": resources.shared_memory <= SHARED_MEMORY_LIMIT[target],
         "spill": resources.spill_bytes,
+        "serialized": resources.serialized,
         "score": resources.instructions_per_score or 0.0,
         "registers": resources.registers,
         "shared": resources.shared_memory,
@@ -101,12 +103,12 @@ def static_sweep(target: str, todo: list[Job], processes: int, shown: int) -> No
         group = list(group)
         current = group[0][0].row
         good = [(job.row, x) for job, x in group if x.get("fits")]
-        good.sort(key=lambda x: (x[1]["spill"], x[1]["score"]))
+        good.sort(key=lambda x: (x[1]["serialized"], x[1]["spill"], x[1]["score"]))
         for place, (row, x) in enumerate(good):
             if place < shown or row == current:
                 print(
-                    f"{'*' if row == current else ' '} {tuple(row)!s:>16} {x['spill']:5} {x['score']:6.1f} "
-                    f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}"
+                    f"{'*' if row == current else ' '} {tuple(row)!s:>19} {x['spill']:5} {x['score']:6.1f} "
+                    f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}{' serialized' if x['serialized'] else ''}"
                 )
         left_out = len(group) - len(good)
         print(f"  {left_out} of {len(group)} do not compile or do not fit", flush=True)

@@ -46,18 +46,21 @@ class Launch:
 class Resources:
     """What a compiled kernel uses: 32-bit registers and spilled bytes a thread, shared memory bytes a block.
 
-    `loops` counts the instructions of each loop in program order, on NVIDIA only; the shortest is the unmasked one,
-    which has `spills_in_loop` instructions on spilled registers, and `instructions_per_score` is its
-    thread-instructions over the scores of a tile, None where no loop was read.
+    `loops` lists the instructions of each loop over tiles, on NVIDIA only. The main loop is the one with the fewest
+    a tile, `instructions_per_tile` (unrolled, it has several tiles), and has `spills_in_loop` instructions on spilled
+    registers; `instructions_per_score` is thread-instructions over the scores of a tile. None where no loop was read.
+    `serialized`: the products of a loop wait for one another, as ptxas has them (C7510, C7511) where registers run out.
     """
 
     registers: int
     spill_bytes: int
     shared_memory: int
     matrix_instructions: int
-    loops: list[int]
+    loops: list[list[str]] = field(repr=False)
     spills_in_loop: int = 0
+    instructions_per_tile: float | None = None
     instructions_per_score: float | None = None
+    serialized: bool = False
     listing: str = field(default="", repr=False)
 
 
@@ -107,9 +110,11 @@ def specialization_key(launch: Launch) -> str:
     return repr((*_specialize(launch), sorted(launch.options.items())))
 
 
-def with_tiling(launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
+def with_tiling(
+    launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int, unroll: int = 1
+) -> Launch:
     """The same launch with another row of the launch table."""
-    values = launch.values | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    values = launch.values | {"BLOCK_M": block_m, "BLOCK_N": block_n, "UNROLL": unroll}
     return Launch(launch.kernel, values, launch.options | {"num_warps": num_warps, "num_stages": num_stages})
 
 
@@ -122,7 +127,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     if resources.loops and "BLOCK_N" in launch.values:
         threads = TARGETS[target].warp_size * launch.options["num_warps"]
         scores = launch.values["BLOCK_M"] * launch.values["BLOCK_N"]
-        resources.instructions_per_score = min(resources.loops) * threads / scores
+        resources.instructions_per_score = resources.instructions_per_tile * threads / scores
     return resources
 
 
@@ -136,15 +141,24 @@ def _nvidia_resources(compiled, target: str) -> Resources:
             [_BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     loops = _loops(listing)
+    products = [sum(bool(re.search(_MATRIX_INSTRUCTION[target], line)) for line in loop) for loop in loops]
+    tiles = [max(1, n // max(1, min(products))) for n in products]
+    per_tile, main = min(((len(loop) / n, loop) for loop, n in zip(loops, tiles, strict=True)), default=(None, []))
     return Resources(
         registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
         spill_bytes=int(re.search(r"\bSTACK:(\d+)", usage)[1]),
         shared_memory=compiled.metadata.shared,
         matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], listing)),
-        loops=[len(loop) for loop in loops],
-        spills_in_loop=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in min(loops, key=len, default=[])),
+        loops=loops,
+        spills_in_loop=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in main),
+        instructions_per_tile=per_tile,
+        serialized=any(_waits(loop) >= n > 0 for loop, n in zip(loops, products, strict=True)),
         listing=listing,
     )
+
+
+def _waits(loop: list[str]) -> int:
+    return sum("WARPGROUP.DEPBAR" in line for line in loop)
 
 
 def _loops(listing: str) -> list[list[str]]:

@@ -76,6 +76,7 @@ def plain_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Causal attention with the content bias, the loops of forward_kernel."""
     n_tiles = tl.cdiv(T, BLOCK_M)
@@ -95,7 +96,7 @@ def plain_forward_kernel(
     upper = tl.minimum(S, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.minimum(S, i0 + BLOCK_M - 1 + reach)
     offs_x = tl.arange(0, BLOCK_N)
-    for j0 in tl.range(0, upper, BLOCK_N):
+    for j0 in tl.range(0, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         acc, l_i, m_i = _plain_tile(
             acc, l_i, m_i, q, k_matrix, v_matrix, offs_m, j0 + offs_x, (S, None, reach), scale,
             D, BLOCK_D, PRECISION, MASKED=False,

@@ -14,18 +14,18 @@ KERNELS = ("forward_kernel", "backward_dq_kernel", "backward_dkv_kernel", "backw
 # Most bytes a thread may spill, in the order of KERNELS, and most instructions of the main loop on spilled registers.
 SPILLED_BYTES = {
     ("sm_80", 64): (0, 0, 0, 0), ("sm_80", 128): (0, 64, 64, 64),
-    ("sm_90", 64): (0, 16, 24, 0), ("sm_90", 128): (0, 432, 416, 208),
+    ("sm_90", 64): (0, 0, 8, 0), ("sm_90", 128): (0, 424, 416, 208),
     ("sm_100", 64): (0, 0, 0, 0), ("sm_100", 128): (0, 48, 32, 0),
     ("gfx942", 64): (0, 0, 0, 0), ("gfx942", 128): (0, 0, 0, 0),
 }  # fmt: skip
-SPILLS_IN_LOOP = {("sm_90", 64): (0, 0, 1, 0), ("sm_90", 128): (0, 28, 17, 0)}
+SPILLS_IN_LOOP = {("sm_90", 128): (0, 29, 17, 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_the_target(target, D, dtype, record_property):
-    """Compiles, uses the matrix unit, stays within shared memory, spills no more than it did in bfloat16."""
+    """Compiles, uses the matrix unit, one product beside another; stays within shared memory and known spills."""
     recorded = launches(target, D, dtype)
     assert set(recorded) == {*KERNELS, "row_stats_kernel"}
     for name, launch in recorded.items():
@@ -34,6 +34,7 @@ def test_kernels_fit_the_target(target, D, dtype, record_property):
         assert resources.shared_memory <= SHARED_MEMORY_LIMIT[target], name
         if name in KERNELS:
             assert resources.matrix_instructions > 0, f"{name}: no matrix instructions"
+            assert not resources.serialized, f"{name}: products wait for one another"
         if name in KERNELS and dtype is torch.bfloat16:
             kernel = KERNELS.index(name)
             assert resources.spill_bytes <= SPILLED_BYTES[target, D][kernel], f"{name}: {resources}"
@@ -48,7 +49,7 @@ def test_position_term_costs_less_than_it_did(target):
     launch = launches(target, 64)["forward_kernel"]
     ours, plain = (compile_launch(x, target).instructions_per_score for x in (launch, without_position_term(launch)))
     assert 12 < plain < 18
-    assert ours <= 2.0 * plain
+    assert ours <= {"sm_80": 2.0, "sm_90": 1.8}[target] * plain
 
 
 @pytest.mark.parametrize("D", [41, 256])

@@ -76,10 +76,11 @@ def _dkv_tile(
         q.dtype,
         MASKED,
     )
+    colsum += tl.sum(ds, 1)  # here, which saves registers
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv, colsum + tl.sum(ds, 1)
+    return dk, dv, colsum
 
 
 @triton.jit(
@@ -160,6 +161,7 @@ def backward_dkv_kernel(
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys, from one query head. Grid: (key tiles * B * H,), the keys with most queries first.
 
@@ -225,7 +227,7 @@ def backward_dkv_kernel(
         upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
         upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
     c = j0 + rel_offset
-    for tile in tl.range(lower, upper):
+    for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
         i0 = first + tile * BLOCK_M
         dk, dv, colsum = _dkv_tile(
             dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,

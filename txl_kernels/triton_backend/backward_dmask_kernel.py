@@ -91,6 +91,7 @@ def backward_dmask_kernel(
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """dmask, contiguous (mask_b, mask_h, mask_t, mask_s) in float32, each size full or 1: the sum over what it serves.
 
@@ -159,7 +160,7 @@ def backward_dmask_kernel(
             end_step = tl.cdiv(
                 tl.maximum(0, tl.minimum(tl.minimum(keys, j_last), i0 + BLOCK_M - 1 + reach) - j_first), BLOCK_N
             )
-            for step in tl.range(begin_step, end_step):
+            for step in tl.range(begin_step, end_step, loop_unroll_factor=UNROLL):
                 j0 = j_first + step * BLOCK_N
                 offs_n = j0 + offs_x
                 # (M, D) x (D, N) -> (M, N): content, position, dP

@@ -181,6 +181,7 @@ def backward_dq_kernel(
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """dq of BLOCK_M queries of one head. Grid: (query tiles * B * H,), longest rows first.
 
@@ -261,7 +262,7 @@ def backward_dq_kernel(
                 offs_m, j0 + offs_x, c + j0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
             )  # fmt: skip
-    for j0 in tl.range(lower, upper, BLOCK_N):
+    for j0 in tl.range(lower, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         grads, pending, partial = _dq_tile(
             grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
             offs_m, j0 + offs_x, c + j0, bounds, scale,

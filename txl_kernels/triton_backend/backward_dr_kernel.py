@@ -173,6 +173,7 @@ def backward_dr_kernel(
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """dr of BLOCK_N rows of one head, summed over a range of batch elements. Grid: (row blocks * H, ranges).
 
@@ -235,7 +236,7 @@ def backward_dr_kernel(
             softcap, T, S,
         )  # fmt: skip
         stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
-        for tile in tl.range(lower, upper):
+        for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(
                 dr, colsum, r, row_bias, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms,

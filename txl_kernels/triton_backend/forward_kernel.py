@@ -136,6 +136,7 @@ def forward_kernel(
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Output and log-sum-exp of BLOCK_M queries of one head. Grid: (query tiles * B * H, ranges), longest rows first.
 
@@ -211,7 +212,7 @@ def forward_kernel(
                 acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
                 bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
             )  # fmt: skip
-    for j0 in tl.range(lower, upper, BLOCK_N):
+    for j0 in tl.range(lower, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         acc, l_i, m_i, pending = _forward_tile(
             acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
             bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,

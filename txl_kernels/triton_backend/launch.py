@@ -143,8 +143,9 @@ class _Call:
 
     def tiling(self, kernel: str) -> dict[str, int]:
         width = max(_padded(self.D), _padded(self.DR))
-        block_m, block_n, num_warps, num_stages = launch_for(kernel, self.generation, width, self.itemsize)
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        row = launch_for(kernel, self.generation, width, self.itemsize)
+        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        return {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "UNROLL": row.unroll} | options
 
     def _terms(self, options: Options) -> dict:
         """The optional terms of a score; None where absent."""

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages of every kernel, by pass, GPU generation, head size and element size.
 
 Looked up at call time, with no autotuning: lengths never trigger a recompile or a retune. The rows were chosen by
-`python -m benchmarks.tune --static` (shared memory within the limit, then least spilling, then fewest instructions a
-score); none is tuned by timing on a GPU yet, which the same command without --static does.
+`python -m benchmarks.tune --static` (shared memory within the limit, products that overlap, then least spilling, then
+fewest instructions a score); none is tuned by timing on a GPU yet, which the same command without --static does.
 """
 
 import functools
@@ -12,12 +12,16 @@ import torch
 
 
 class Launch(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys (or rows of r) a tile, both powers of two from 16, with warps and stages."""
+    """BLOCK_M queries by BLOCK_N keys (or rows of r) a tile, both powers of two from 16, with warps and stages.
+
+    The main loop takes `unroll` tiles a pass: what one tile hands on to the next then needs no move.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    unroll: int = 1
 
 
 # "few" is the forward of at most FEW_QUERIES, as in generation: memory-bound, if no product is made for absent rows.
@@ -27,12 +31,12 @@ _HALF = {
     "sm_80": {
         "forward": {64: Launch(64, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 32, 8, 1)},
         "few": {64: Launch(16, 64, 4, 2), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 1)},
-        "dq": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 16, 8, 1)},
+        "dq": {64: Launch(32, 32, 4, 2, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 16, 8, 1)},
         "dkv": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 32, 8, 1)},
         "dr": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 8, 1)},
     },
     "sm_90": {
-        "forward": {64: Launch(64, 32, 4, 2), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 1)},
+        "forward": {64: Launch(64, 32, 4, 2, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 32, 8, 1)},
         "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
         "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 16, 8, 1)},
         "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 4, 2), 256: Launch(16, 64, 8, 1)},

@@ -169,30 +169,42 @@ def edge_tile(edge, lower, upper):
 def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """bd of a key tile from its newest block, with what this block leaves for the tiles after it.
 
-    A block is number 0 for its own tile, 1 for the next one, and so on: pending[g] holds what the earlier blocks gave
-    to the tile g + 1 steps ahead. (Whole blocks handed on unchanged would keep Triton from pipelining the loop.)
+    Query ii takes the block of ii // N tiles ago, and from column N - ii mod N on the one it took a tile before.
+    pending is what was taken for the last tile, and what the queries further on take g tiles ahead, g = 1, 2, ...
+    (Whole blocks handed on unchanged would keep Triton from pipelining the loop.)
     """
-    e = block_of(tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
-    bd = rotate_right(tl.where(e == 0, raw, pending[0]), BLOCK_M, BLOCK_N)
-    later = ()
-    for g in tl.static_range(1, len(pending)):
-        later = later + (tl.where(e == g, raw, pending[g]),)
-    return bd, later + (raw,)
+    ii, x = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    taken = raw
+    if len(pending) > 1:
+        taken = tl.where(ii // BLOCK_N == 0, raw, pending[1])
+    bd = rotate_right(tl.where(x < BLOCK_N - ii % BLOCK_N, taken, pending[0]), BLOCK_M, BLOCK_N)
+    later = (taken,)
+    for g in tl.static_range(2, len(pending)):
+        later = later + (tl.where(ii // BLOCK_N == g - 1, raw, pending[g]),)
+    if len(pending) > 1:
+        later = later + (raw,)
+    return bd, later
 
 
 @triton.jit
 def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The transpose of `shift_in`: gathers gradients of key tiles into gradients of blocks of r.
 
-    partial[g] is the gradient of the block g + 1 tiles back, still without the parts of this and later tiles.
-    Returns the block that this tile completes, len(partial) tiles back, and the others.
+    partial is the last tile's gradient, rotated, and the gradients of the blocks g tiles back, g = 1, 2, ..., without
+    the parts of queries further on. Returns the block that this tile completes, len(partial) tiles back, and the others.
     """
-    e = block_of(tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], BLOCK_N)
+    ii, x = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     raw = rotate_left(ds, BLOCK_M, BLOCK_N)
+    taken = tl.where(x < BLOCK_N - ii % BLOCK_N, partial[0], raw)
+    block = taken
     younger = (raw,)
+    if len(partial) > 1:
+        younger = younger + (taken,)
     for g in tl.static_range(1, len(partial)):
-        younger = younger + (tl.where(e == g, raw, partial[g - 1]),)
-    return tl.where(e == len(partial), raw, partial[len(partial) - 1]), younger
+        block = tl.where(ii // BLOCK_N == g, taken, partial[g])
+        if g < len(partial) - 1:
+            younger = younger + (block,)
+    return block, younger
 
 
 @triton.jit
