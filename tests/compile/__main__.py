@@ -8,8 +8,8 @@ from tests.compile.plain_forward import BEST_PLAIN, without_position_term
 from tests.compile.recorded import launches
 
 COLUMNS = (
-    "kernel", "D", "queries x keys", "warps", "stages", "unroll", "registers", "spilled bytes", "in the loop", "shared memory",
-    "matrix instr.", "loop instr.", "a score", "products",
+    "kernel", "D", "queries x keys", "warps", "stages", "unroll", "registers", "spilled bytes", "in the loop",
+    "shared memory", "matrix instr.", "loop instr.", "a score", "products",
 )  # fmt: skip
 
 
@@ -19,8 +19,8 @@ def row(name: str, D: int, launch: Launch, target: str) -> str:
     tile, score = resources.instructions_per_tile, resources.instructions_per_score
     cells = [
         name, D, f"{launch.values['BLOCK_M']} x {launch.values['BLOCK_N']}", launch.options["num_warps"],
-        launch.options["num_stages"], launch.values["UNROLL"], resources.registers, resources.spill_bytes, resources.spills_in_loop,
-        resources.shared_memory, resources.matrix_instructions, f"{tile:g}" if tile else "",
+        launch.options["num_stages"], launch.values["UNROLL"], resources.registers, resources.spill_bytes,
+        resources.spills_in_loop, resources.shared_memory, resources.matrix_instructions, f"{tile:g}" if tile else "",
         f"{score:.1f}" if score else "", "one by one" if resources.serialized else "",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
@@ -46,9 +46,9 @@ def main() -> None:
     print(
         "Spilled bytes a thread, spill instructions in the loop, shared memory in bytes a block; loop instructions of"
     )
-    print('the unmasked loop, a thread and tile; "a score" is thread-instructions of a tile over its scores. "plain" is')
-    print("the forward without a position term. Products one by one are those that ptxas lets wait for one another, for")
-    print("want of registers (C7511). Nothing here is a measurement of speed.")
+    print('the unmasked loop, a thread and tile; "a score" is thread-instructions of a tile over its scores. "plain"')
+    print("is the forward without a position term. Products one by one: ptxas lets them wait for one another, for want")
+    print("of registers (C7511). Nothing here is a measurement of speed.")
     for target in TARGETS:
         # Every generation has the same float32 rows.
         for dtype in (torch.bfloat16, torch.float32)[: 2 if target == "sm_80" else 1]:

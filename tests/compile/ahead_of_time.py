@@ -110,9 +110,7 @@ def specialization_key(launch: Launch) -> str:
     return repr((*_specialize(launch), sorted(launch.options.items())))
 
 
-def with_tiling(
-    launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int, unroll: int = 1
-) -> Launch:
+def with_tiling(launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int, unroll: int = 1) -> Launch:
     """The same launch with another row of the launch table."""
     values = launch.values | {"BLOCK_M": block_m, "BLOCK_N": block_n, "UNROLL": unroll}
     return Launch(launch.kernel, values, launch.options | {"num_warps": num_warps, "num_stages": num_stages})

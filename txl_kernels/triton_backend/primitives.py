@@ -190,8 +190,9 @@ def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The transpose of `shift_in`: gathers gradients of key tiles into gradients of blocks of r.
 
-    partial is the last tile's gradient, rotated, and the gradients of the blocks g tiles back, g = 1, 2, ..., without
-    the parts of queries further on. Returns the block that this tile completes, len(partial) tiles back, and the others.
+    partial is the last tile's gradient, rotated, and the gradients of the blocks g tiles back, g = 1, 2, ...,
+    without the parts of queries further on. Returns the block that this tile completes, len(partial) tiles back, and
+    the next partial.
     """
     ii, x = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     raw = rotate_left(ds, BLOCK_M, BLOCK_N)
