@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from txl_kernels.layer import last_rows
+from txl_kernels.layer_steps import last_rows
 from txl_kernels.models.adaptive import AdaptiveEmbedding, ProjectedAdaptiveLogSoftmax, init_parameters
 from txl_kernels.models.decoder import (
     DecoderLayer,
