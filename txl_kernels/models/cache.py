@@ -54,6 +54,7 @@ class Cache:
             raise ValueError(f"ext_len: expected 0 for a cache, where segments follow each other, got {model.ext_len}")
         if not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"batch_size: expected an int >= 0, got {batch_size}")
+        _check_mode(model)
         self.batch_size, self.length = batch_size, 0
         self._model, self._lengths = weakref.ref(model), _lengths(model)
         self._weights = [(weakref.ref(p), *_state(p)) for p in model.parameters()]
@@ -116,10 +117,7 @@ class Cache:
         self._end = self.length
 
     def _check(self, model: "MemTransformerLM", B: int) -> None:
-        if model.training:
-            raise ValueError(
-                "cache: expected the model in eval mode, as what is kept has no dropout, got training mode"
-            )
+        _check_mode(model)
         if self.batch_size != B:
             raise ValueError(f"cache: expected one for batch size {B} as data, got {self.batch_size}")
         if self._model() is not model:
@@ -134,6 +132,11 @@ class Cache:
                 raise ValueError(
                     "cache: expected one made by init_cache after the weights last changed, got older keys"
                 )
+
+
+def _check_mode(model: "MemTransformerLM") -> None:
+    if model.training:
+        raise ValueError("cache: expected a model in eval mode, as what is kept has no dropout, got training mode")
 
 
 def _lengths(model: "MemTransformerLM") -> tuple[int, int, int]:

@@ -206,7 +206,8 @@ class MemTransformerLM(nn.Module):
             mems: Memory to start with, as `forward` returned it, M <= mem_len. None at all: that of `init_mems`.
 
         Raises:
-            ValueError: attn_type is 2 or 3, ext_len isn't 0, or mems do not fit.
+            ValueError: attn_type is 2 or 3, ext_len isn't 0, the model is in training mode (what is kept has no
+                dropout), or mems do not fit.
         """
         check_mems(self, mems, batch_size, at_most=self.mem_len)
         return Cache(self, batch_size, mems or self.init_mems() or ())
@@ -225,8 +226,8 @@ class MemTransformerLM(nn.Module):
 
         Raises:
             TypeError: data or target is not int64.
-            ValueError: As `forward`; or the model is in training mode, as what is kept has no dropout; or the cache
-                was made for another model, batch size, dtype or length, or before the weights changed.
+            ValueError: As `forward`; or the model is in training mode; or the cache was made for another model, batch
+                size, dtype or length, or before the weights changed.
         """
         check_segment(self, data, target)
         hidden = cache.extend(self, data)

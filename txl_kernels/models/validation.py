@@ -46,5 +46,5 @@ def check_mems(model: "MemTransformerLM", mems: tuple[Tensor, ...], B: int, at_m
     if any(m.shape[0] != M or (M and m.shape != (M, B, model.d_model)) for m in mems):
         shapes = [tuple(m.shape) for m in mems]
         raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {model.d_model}) for each, got {shapes}")
-    if at_most is not None and M > at_most:
+    if at_most is not None and at_most < M:
         raise ValueError(f"mems: expected M <= mem_len = {at_most}, got M = {M}")
