@@ -64,10 +64,10 @@ class Cache:
         self._buffer: Tensor | None = None  # (n_layer, 2, B, H, room, D)
         self._positions: list[Positions] = []  # for mem_len and the longest segment
         if mems and mems[0].shape[0]:
-            self._make_room(model, 1)
+            self.make_room(model, 1)
             for i, (layer, states) in enumerate(zip(model.layers, mems[:-1], strict=True)):
                 self._append(i, project_memory(layer.dec_attn, states))
-            self._end = self.length = mems[0].shape[0]
+            self.advance(model, mems[0].shape[0])
 
     def extend(self, model: "MemTransformerLM", data: Tensor) -> Tensor:
         """Hidden states (T, B, C) of the tokens (T, B) that follow those seen so far; they become memory.
@@ -79,26 +79,14 @@ class Cache:
         """
         T, B = data.shape
         self._check(model, B)
-        self._make_room(model, T)
-        S, visible = self.length + T, Visibility(model.window)
+        self.make_room(model, T)
         h = model.word_emb(data)
-        for i, (layer, positions) in enumerate(zip(model.layers, self._positions, strict=True)):
-            q, kv = project_queries(layer.dec_attn, h)
-            k, v = self._append(i, kv)
-            h = layer.pos_ff(attend(layer.dec_attn, h, q, k, v, positions.nearest(S), visible))
-        self._end += T
-        self.length = min(S, model.mem_len)
+        for i, layer in enumerate(model.layers):
+            h = layer.pos_ff(self.attend(model, i, h))
+        self.advance(model, T)
         return h
 
-    def _append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v of a segment (T, B, 2 * H * D) behind the memory; those of both, (B, H, S, D) each."""
-        buffer, end = self._buffer[layer], self._end + kv.shape[0]
-        by_head = kv.unflatten(-1, (2, buffer.shape[2], buffer.shape[4])).permute(2, 1, 3, 0, 4)
-        buffer[:, :, :, self._end : end] = by_head
-        k, v = buffer[:, :, :, self._end - self.length : end]
-        return k, v
-
-    def _make_room(self, model: "MemTransformerLM", T: int) -> None:
+    def make_room(self, model: "MemTransformerLM", T: int) -> None:
         """Sees to it that a segment fits behind the memory, and that there are rows of r for all of its distances."""
         buffer, memory = self._buffer, slice(self._end - self.length, self._end)
         if self._longest < T:
@@ -115,6 +103,29 @@ class Cache:
         if self.length:  # the two places never overlap: what is full holds twice the memory
             self._buffer[..., : self.length, :] = buffer[..., memory, :]
         self._end = self.length
+
+    def attend(self, model: "MemTransformerLM", i: int, h: Tensor) -> Tensor:
+        """The attention of layer i from the segment (T, B, C) to memory and segment, whose keys and values it writes.
+
+        `make_room` goes before the first layer, `advance` behind the last.
+        """
+        attention, S = model.layers[i].dec_attn, self.length + h.shape[0]
+        q, kv = project_queries(attention, h)
+        k, v = self._append(i, kv)
+        return attend(attention, h, q, k, v, self._positions[i].nearest(S), Visibility(model.window))
+
+    def advance(self, model: "MemTransformerLM", T: int) -> None:
+        """Makes the T tokens behind the memory part of it."""
+        self._end += T
+        self.length = min(self.length + T, model.mem_len)
+
+    def _append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v of a segment (T, B, 2 * H * D) behind the memory; those of both, (B, H, S, D) each."""
+        buffer, end = self._buffer[layer], self._end + kv.shape[0]
+        by_head = kv.unflatten(-1, (2, buffer.shape[2], buffer.shape[4])).permute(2, 1, 3, 0, 4)
+        buffer[:, :, :, self._end : end] = by_head
+        k, v = buffer[:, :, :, self._end - self.length : end]
+        return k, v
 
     def _check(self, model: "MemTransformerLM", B: int) -> None:
         _check_mode(model)
