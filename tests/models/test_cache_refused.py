@@ -87,5 +87,13 @@ def test_bad_beginnings_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             model.init_cache(*arguments)
+    with pytest.raises(TypeError, match=r"mems: expected dtype torch\.float64 .* got torch\.float32"):
+        model.init_cache(3, *[states[:2].float()] * 3)
     with pytest.raises(ValueError, match=r"cache: expected a model in eval mode"):
         model.train().init_cache(3)
+
+
+def test_same_length_without_memory_is_refused():
+    model = make_model(same_length=True, mem_len=0).eval()
+    with pytest.raises(ValueError, match=r"mem_len: expected >= 1 with same_length, .* got 0"):
+        model.log_probs(make_stream([2])[0][0], model.init_cache(3))
