@@ -56,8 +56,3 @@ def test_what_a_window_leaves_of_another():
         ((5, -1), (0, -1), (0, -1)),
     ):
         assert Visibility(first).within(second) == Visibility(both)
-
-
-def test_bad_windows_are_named():
-    with pytest.raises((TypeError, ValueError), match=r"window: expected .* got 5"):
-        make_layer()(**make_inputs(5, 6), window=5)
