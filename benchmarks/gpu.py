@@ -37,7 +37,8 @@ def parts() -> Iterator[tuple[str, list[str]]]:
     yield "benchmark-host-time", ["benchmarks/test_host_time.py", "--benchmark-only"]
     for direction in ("causal", "bidirectional"):
         yield f"benchmark-longest-{direction}", ["benchmarks/test_longest.py", "--benchmark-only", "-k", direction]
-    yield "benchmark-training", ["benchmarks/test_language_model.py", "--benchmark-only"]
+    for name in ("kept_projections", "evaluation_speed", "training_speed", "language_model"):
+        yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
 
 
 def run_part(name: str, arguments: list[str], seconds: float) -> bool | None:

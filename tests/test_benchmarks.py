@@ -244,6 +244,26 @@ def test_report_tells_what_kept_projections_save():
     assert "| segment | 1, 16 x 64, 128 + 1600 | 20 | 70 | 100 | 3.50x | 5.00x |" in report.markdown([result])
 
 
+def test_report_tells_how_fast_models_evaluate_and_train():
+    sizes = {"n_layer": 4, "n_head": 4, "d_model": 256, "d_head": 64, "d_inner": 1024, "T": 128}
+    common = {"dtype": "float32", "machine": MACHINE, "smoke": False}
+    evaluations = [
+        common | {
+            "attention_length": length, "published": 363, "sizes": sizes | {"batch": 1},
+            "seconds": {"ours": 0.0256, "projected again": 0.128, "vanilla": 0.1},
+            "ratio": {"projected again": 5.0, "vanilla": 500.4},
+        } for length in (1800, 800)
+    ]  # fmt: skip
+    training = common | {
+        "trained": "wt103_base", "sizes": sizes | {"batch": 8}, "seconds": {"ours": 1.0, "original": 2.0},
+        "ratio": {"original": 2.0}, "tokens_per_second": {"ours": 1024.0, "original": 512.0},
+    }  # fmt: skip
+    text = report.markdown([*evaluations, training])
+    assert text.index("| 800 | 0.2 | 1 | 100 | 500x | 363x |") < text.index("| 1800 | 0.2 | 1 | 100 | 500x | 363x |")
+    assert "batch 1, ours 128 tokens at a time" in text
+    assert "d_inner 1024 | 128, 8 | 1024 | 512 | 2.00x |" in text
+
+
 def test_gpu_parts_go_on_where_time_was_up(monkeypatch, tmp_path, capsys):
     """Finished parts are not run again; results are saved before the tuner, which comes last."""
     pytest.importorskip("triton")
