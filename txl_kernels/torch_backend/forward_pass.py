@@ -70,7 +70,7 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
     Only the right edge, and for one query the left, may hide keys; each key in use has a row of r, shared by the batch.
     """
     q, k, v, r = inputs[:4]
-    (B, H, T, D), (Hk, S), (left, right) = q.shape, k.shape[1:3], options[:2]
+    (B, H, T, D), (Hk, S), (left, right, scale) = q.shape, k.shape[1:3], options[:3]
     in_half = q.dtype is torch.bfloat16
     if T > 1 and (in_half or 0 <= left < S - 1 or T > tiles.MAX_ROWS or B * H * T * S > tiles.TILE_SCORES):
         return None
@@ -83,36 +83,41 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
     if r is None or r.shape[0] > 1 or not 0 <= row <= r.shape[2] - end:
         return None
 
-    def plus(queries: Tensor, bias: Tensor | None) -> Tensor:
-        return (queries if bias is None else queries + bias[:, None]).to(q.dtype)
-
-    q_content = plus(q, inputs.content_bias)
-    q_position = plus(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias) * options.scale
+    q_content = _sum(q, inputs.content_bias)
+    q_position = _sum(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias) * scale
     q_position = q_position.permute(1, 2, 0, 3).reshape(r.shape[1], -1, r.shape[3])
-    bd = _product(q_position, r[0, :, row : row + end])
+    bd = _product(q_position, r[0] if end == r.shape[2] else r[0, :, row : row + end])
     if T == 1:
         bd = bd.view(H, B, 1, n).transpose(0, 1)
     else:
-        bd = torch.nn.functional.pad(bd, (0, columns - end), value=-torch.inf)
+        bd = torch.constant_pad_nd(bd, (0, columns - end), -torch.inf)
         bd = bd.as_strided((B, H, T, n), (columns, T * B * columns, B * columns - 1, 1), T - 1)
     if first:
         k, v = k[:, :, first:], v[:, :, first:]
-    grouped = B, Hk, H // Hk * T  # query heads of one key head as rows of one product
-    q_content, bd = q_content.reshape(*grouped, D), bd.reshape(*grouped, n)
-    one_distance = B == 1 or all(x.stride(0) == Hk * x.stride(1) for x in (k, v))  # from head to head: no copy needed
-    if (1 < T or not one_distance) and T < tiles.MANY_ROWS and not in_half:
-        out, lse = _fused(q_content, k, v, attn_mask=bd, scale=options.scale)
-    else:
+    if Hk < H:  # query heads of one key head as rows of one product
+        rows = H // Hk * T
+        q_content, bd = q_content.reshape(B, Hk, rows, D), bd.reshape(B, Hk, rows, n)
+    # One query: products are faster than the fused attention where all heads lie at one distance, so that nothing is
+    # copied, and in bfloat16 in any case.
+    if T == 1 and (in_half or B == 1 or all(x.stride(0) == Hk * x.stride(1) for x in (k, v))):
         q_content, bd, k, v = (x.flatten(0, 1) for x in (q_content, bd, k, v))
         if in_half:
-            scores = torch.add(bd.float(), _product(q_content, k), alpha=options.scale)
+            scores = torch.add(bd.float(), _product(q_content, k), alpha=scale)
         else:
-            scores = torch.baddbmm(bd, q_content, k.mT, alpha=options.scale)
+            scores = torch.baddbmm(bd, q_content, k.mT, alpha=scale)
         lse, _ = _softmax(scores)
         out = torch.bmm(scores.to(q.dtype), v)
+    else:
+        out, lse = _fused(q_content, k, v, attn_mask=bd, scale=scale)
     out, lse = out.view(q.shape), lse.reshape(B, H, T).contiguous()
     same_layout = out.stride() == q.stride() or (out.is_contiguous() and q.is_contiguous())
     return out if same_layout else torch.empty_like(q).copy_(out), lse
+
+
+def _sum(queries: Tensor, bias: Tensor | None) -> Tensor:
+    """queries + bias (H, D), in the dtype of the queries."""
+    result = queries if bias is None else queries + bias.unsqueeze(1)
+    return result if result.dtype is queries.dtype else result.to(queries.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
