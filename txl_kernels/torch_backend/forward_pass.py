@@ -6,7 +6,7 @@ from torch import Tensor
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import tiles
 from txl_kernels.torch_backend.terms import needed
-from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, spans, sum_dtype
+from txl_kernels.torch_backend.tiles import Tile, cast, groups, product_dtype, spans, sum_dtype
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -53,10 +53,10 @@ def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax of the last dimension, in place: the log-sum-exp and the maximum that the rows had."""
     dtype = sum_dtype(scores.dtype)
-    row_max = scores.amax(-1).to(dtype)
+    row_max = cast(scores.amax(-1), dtype)
     torch.softmax(scores, -1, out=scores)
     # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
-    return row_max - scores.amax(-1).to(dtype).log_(), row_max
+    return row_max - cast(scores.amax(-1), dtype).log_(), row_max
 
 
 def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
         else:
             scores = torch.baddbmm(bd, q_content, k.mT, alpha=scale)
         lse, _ = _softmax(scores)
-        out = torch.bmm(scores.to(q.dtype), v)
+        out = torch.bmm(cast(scores, q.dtype), v)
     else:
         out, lse = _fused(q_content, k, v, attn_mask=bd, scale=scale)
     out, lse = out.view(q.shape), lse.reshape(B, H, T).contiguous()
@@ -116,8 +116,7 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
 
 def _sum(queries: Tensor, bias: Tensor | None) -> Tensor:
     """queries + bias (H, D), in the dtype of the queries."""
-    result = queries if bias is None else queries + bias.unsqueeze(1)
-    return result if result.dtype is queries.dtype else result.to(queries.dtype)
+    return queries if bias is None else cast(queries + bias.unsqueeze(1), queries.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
