@@ -153,7 +153,11 @@ def _needs_autograd(tensors) -> bool:
     # Forward-mode tangents do not show on requires_grad; the Function refuses them, where the operator would drop them.
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _forward_autograd(*args):
