@@ -97,16 +97,11 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
     if Hk < H:  # query heads of one key head as rows of one product
         rows = H // Hk * T
         q_content, bd = q_content.reshape(B, Hk, rows, D), bd.reshape(B, Hk, rows, n)
-    # One query: products are faster than the fused attention where all heads lie at one distance, so that nothing is
-    # copied, and in bfloat16 in any case.
-    if T == 1 and (in_half or B == 1 or all(x.stride(0) == Hk * x.stride(1) for x in (k, v))):
+    if in_half:  # PyTorch's fused attention is 9 times slower here than in float32
         q_content, bd, k, v = (x.flatten(0, 1) for x in (q_content, bd, k, v))
-        if in_half:
-            scores = torch.add(bd.float(), _product(q_content, k), alpha=scale)
-        else:
-            scores = torch.baddbmm(bd, q_content, k.mT, alpha=scale)
+        scores = torch.add(bd.float(), _product(q_content, k), alpha=scale)
         lse, _ = _softmax(scores)
-        out = torch.bmm(cast(scores, q.dtype), v)
+        out = torch.bmm(scores.to(q.dtype), v)
     else:
         out, lse = _fused(q_content, k, v, attn_mask=bd, scale=scale)
     out, lse = out.view(q.shape), lse.reshape(B, H, T).contiguous()
