@@ -51,7 +51,7 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; some devices have none."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def _run(function, inputs: Inputs, *args):

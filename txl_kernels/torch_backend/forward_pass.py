@@ -72,7 +72,7 @@ def _in_one_piece(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor] | N
     q, k, v, r = inputs[:4]
     (B, H, T, D), (Hk, S), (left, right, scale) = q.shape, k.shape[1:3], options[:3]
     in_half = q.dtype is torch.bfloat16
-    if T > 1 and (in_half or 0 <= left < S - 1 or T > tiles.MAX_ROWS or B * H * T * S > tiles.TILE_SCORES):
+    if T > 1 and (in_half or 0 <= left < S - 1 or T > 2 * tiles.MAX_ROWS or B * H * T * S > tiles.TILE_SCORES):
         return None
     if inputs.r_bias is not None or inputs.key_lengths is not None or q.dtype != product_dtype(inputs, options):
         return None

@@ -252,9 +252,7 @@ class Tile:
     def lanes(self, x: Tensor) -> Tensor:
         """x (b, h, t, any) as (l, m, any), or (b, hk, n, any) as (l, n, any)."""
         b, h, n, width = x.shape
-        return (
-            x.flatten(0, 1) if b * h == self.n_lanes else x.reshape(self.n_lanes, b * h * n // self.n_lanes, width)
-        )
+        return x.flatten(0, 1) if b * h == self.n_lanes else x.reshape(self.n_lanes, b * h * n // self.n_lanes, width)
 
     def drop(self, x: Tensor) -> Tensor:
         """x (l, m, n) with zeros where dropout strikes, in place."""
@@ -272,7 +270,6 @@ class Tile:
         self._fill(self._beside_keys, 0.0)
         self._shifted.copy_(dscores.view(self._shifted.shape))
         return self._band
-
 
     def _fill(self, ranges: tuple[tuple[int, int], ...], value: float) -> None:
         for start, stop in ranges:
