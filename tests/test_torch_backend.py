@@ -116,12 +116,31 @@ def test_many_features(features, dtype, layout, tiling):
     assert_right(inputs, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "features", [{x} for x in ("window", "grouped heads", "batched r", "shared r", "position query", "band")]
 )
-def test_one_query_with_features(features, tiling):
-    inputs, options = make_problem(features, T=1, M=29)
+def test_one_query_with_features(features, dtype, tiling):
+    inputs, options = make_problem(features, T=1, M=29, dtype=dtype)
     assert_right(inputs, **options)
+
+
+@pytest.mark.parametrize("left", [9, 10, 11])  # of distances up to 10: the farthest pair hidden, and none
+def test_window_as_long_as_the_keys(left, tiling):
+    assert_right(make_inputs(2, 2, 4, 7, 8), window=(left, -1))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize("T", [1, 5])
+def test_output_is_laid_out_as_the_queries(T, key_heads, order, tiling):
+    inputs = make_inputs(2, 4, T, 4, 8)
+    inverse = sorted(range(3), key=order.__getitem__)
+    q = inputs["q"] = inputs["q"].permute(*order, 3).contiguous().permute(*inverse, 3)
+    inputs |= {name: inputs[name][:, :key_heads] for name in "kv"}
+    out = run(inputs)["out"]
+    strides = ([step for step, size in zip(x.stride(), q.shape, strict=True) if size > 1] for x in (out, q))
+    assert next(strides) == next(strides)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

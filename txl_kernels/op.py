@@ -7,7 +7,7 @@ an `autograd.Function` inside the operator's own Autograd kernel 8 / 19 / 81 us.
 the fastest buy an operator that is differentiable by itself, traced and exported as one node.
 """
 
-import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -51,21 +51,29 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of x; some devices have none."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
-    """Dtypes are settled when the operator runs: autocast must not touch the products inside a backend."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()
+def _run(function, inputs: Inputs, *args):
+    """function(inputs, *args). Dtypes are settled by now: autocast must not touch the products inside a backend."""
+    if not autocast_enabled(inputs.q):
+        return function(inputs, *args)
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        return function(inputs, *args)
 
 
 def _normalized(inputs: Inputs) -> Inputs:
     """What the backends ask for beyond the public contract: unit last strides, four dimensions of r and mask."""
-    q, k, v, r, q_pos = (
-        None if x is None else _unit_last_stride(x) for x in (inputs.q, inputs.k, inputs.v, inputs.r, inputs.q_pos)
-    )
-    r, mask = (x if x is None else x[(None,) * (4 - x.ndim)] for x in (r, inputs.attn_mask))
-    return inputs._replace(q=q, k=k, v=v, r=r, q_pos=q_pos, attn_mask=mask)
+    q, k, v, r, content_bias, position_bias, q_pos, r_bias, mask, *others = inputs
+    if q_pos is not None:
+        q_pos = _unit_last_stride(q_pos)
+    if r is not None:
+        r = _unit_last_stride(r)
+        r = r if r.ndim == 4 else r.unsqueeze(0)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
+    return Inputs(q, k, v, r, content_bias, position_bias, q_pos, r_bias, mask, *others)
 
 
 def _forward(*args):
@@ -73,9 +81,8 @@ def _forward(*args):
     inputs = Inputs(*tensors)
     if inputs.q.numel() == 0:
         return _forward_fake(*args)
-    run = _backend_module(backend).forward
-    with _autocast_off(inputs.q):
-        return run(_normalized(inputs), Options(left, right, scale, first_distance, softcap, dropout_p))
+    options = Options(left, right, scale, first_distance, softcap, dropout_p)
+    return _run(_backend_module(backend).forward, _normalized(inputs), options)
 
 
 def _forward_fake(*args):
@@ -92,9 +99,9 @@ def _backward(dout, dlse, *args):
     inputs = Inputs(*tensors)
     if inputs.q.numel() == 0:
         return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
-    run = _backend_module(backend).backward
-    with _autocast_off(inputs.q):
-        grads = run(_unit_last_stride(dout), dlse, _normalized(inputs), out, lse, Options(*options), needs_grad)
+    dout, options = _unit_last_stride(dout), Options(*options)
+    backward = functools.partial(_backend_module(backend).backward, dout, dlse)
+    grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad)
     return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
@@ -146,7 +153,11 @@ def _needs_autograd(tensors) -> bool:
     # Forward-mode tangents do not show on requires_grad; the Function refuses them, where the operator would drop them.
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _forward_autograd(*args):

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.torch_backend.terms import part
-from txl_kernels.torch_backend.tiles import Tile, groups, spans, sum_dtype
+from txl_kernels.torch_backend.terms import cut, part
+from txl_kernels.torch_backend.tiles import ALL, Tile, cast, groups, spans, sum_dtype
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
 def backward(
@@ -54,11 +56,11 @@ def backward(
             first = rows.stop == T and tile.n == S
             if rows.stop == T:
                 new = torch.empty if first else torch.zeros
-                shape = b, tile.k.shape[1], S, D
-                dkv = {name: new(shape, dtype=dtype, device=dout.device).flatten(0, 1) for name in "kv" if name in own}
+                shape = tile.n_lanes, S, D
+                dkv = {name: new(shape, dtype=dtype, device=dout.device) for name in "kv" if name in own}
             p = tile.scores()
             torch.softmax(p, -1, out=p)
-            dout_lanes = dout[tile.where].to(group.dtype)
+            dout_lanes = cast(cut(dout, *tile.where), group.dtype)
             dlse_lanes = None if dlse is None else dlse[tile.where]
             if group.may_be_dead:
                 dead = lse[tile.where] == -torch.inf
@@ -70,47 +72,52 @@ def backward(
                 dout_lanes = dout_lanes * tile.dropout_scale
             if "v" in own:
                 weights = tile.drop(p.clone()) if options.dropout_p else p
-                _add_product(dkv["v"][:, tile.keys], weights.mT, dout_lanes, first)
+                _add_product(cut(dkv["v"], ALL, tile.keys), weights.mT, dout_lanes, first)
             if only_v:
                 continue
 
             ds = tile.drop(torch.bmm(dout_lanes, tile.lanes(tile.v).mT))
-            torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+            _softmax_backward(ds, p, -1, p.dtype, grad_input=ds)
             if dlse is not None:
                 ds.addcmul_(p, dlse_lanes.reshape(*p.shape[:2], 1).to(p.dtype))
             tile.through_terms(ds, totals)
 
             if "k" in own:
-                _add_product(dkv["k"][:, tile.keys], ds.mT, tile.lanes(tile.q_content), first)
+                _add_product(cut(dkv["k"], ALL, tile.keys), ds.mT, tile.lanes(tile.q_content), first)
             if "q" in own or "content_bias" in totals:
                 dq = torch.bmm(ds, tile.lanes(tile.k)).view(b, h, t, -1)
             if "content_bias" in totals:
-                totals["content_bias"][heads] += dq.sum((0, 2), dtype=dtype)
+                cut(totals["content_bias"], heads).add_(dq.sum((0, 2), dtype=dtype))
 
             if from_position or "r" in totals or "r_bias" in totals:
                 ds_raw = tile.to_raw(ds)
             if "r" in totals:
-                total = part(totals["r"], batches, heads)[0, :, tile.r_rows]
+                total = cut(part(totals["r"], batches, heads)[0], ALL, tile.r_rows)
                 _add_product(total, ds_raw.reshape(*tile.q_position.shape[:2], -1).mT, tile.q_position)
             if "r_bias" in totals:
-                totals["r_bias"][heads, tile.r_rows] += ds_raw.sum(1)
+                totals["r_bias"][heads, tile.r_rows].add_(ds_raw.sum(1))
             if from_position:
                 dq_position = torch.bmm(ds_raw, tile.r.expand(h, -1, -1)).view(h, t, b, -1).permute(2, 0, 1, 3)
             if "position_bias" in totals:
-                totals["position_bias"][heads] += dq_position.sum((0, 2), dtype=dtype)
+                cut(totals["position_bias"], heads).add_(dq_position.sum((0, 2), dtype=dtype))
 
             if "q" in own:
-                own["q"][tile.where] = (dq + dq_position if "q" in from_position else dq).mul_(scale)
+                cut(own["q"], *tile.where).copy_((dq.add_(dq_position) if "q" in from_position else dq).mul_(scale))
             if "q_pos" in own:
-                own["q_pos"][tile.where] = dq_position.mul_(scale)
+                cut(own["q_pos"], *tile.where).copy_(dq_position.mul_(scale))
         for name, lanes in dkv.items():
-            own[name][batches, kv_heads] = lanes.unflatten(0, (b, -1))
+            cut(own[name], batches, kv_heads).copy_(lanes.view(b, -1, S, D))
 
     # q_content and q_position carry the scale into dk and dr; what multiplies k and r still lacks it.
     for name in totals.keys() & {"content_bias", "position_bias", "r_bias"}:
-        totals[name] *= scale
-    grads = own | {name: torch.empty_like(wanted[name]).copy_(total) for name, total in totals.items()}
+        totals[name].mul_(scale)
+    grads = own | {name: _like(total, wanted[name]) for name, total in totals.items()}
     return [grads.get(name) for name in DIFFERENTIABLE]
+
+
+def _like(total: Tensor, x: Tensor) -> Tensor:
+    """total in the dtype and layout of x."""
+    return total if total.dtype is x.dtype and x.is_contiguous() else torch.empty_like(x).copy_(total)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:

@@ -95,4 +95,12 @@ def beyond_lengths(inputs: Inputs, batches: slice, heads: slice, rows: slice, ke
 
 def part(x: Tensor, *where: slice) -> Tensor:
     """x[where], but all of a dimension of size 1, which serves every index."""
-    return x[tuple(slice(None) if size == 1 else index for size, index in zip(x.shape, where, strict=False))]
+    return cut(x, *[slice(None) if size == 1 else index for size, index in zip(x.shape, where, strict=False)])
+
+
+def cut(x: Tensor, *where: slice) -> Tensor:
+    """x[where]; where that is all of x, x itself, which takes a fraction of the time."""
+    for size, index in zip(x.shape, where, strict=False):
+        if index.start or (index.stop is not None and index.stop < size):
+            return x[where]
+    return x

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import terms
-from txl_kernels.torch_backend.terms import Terms, part
+from txl_kernels.torch_backend.terms import Terms, cut, part
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
 # smaller ones starve the matrix products. bfloat16, half the size, gets tiles of twice the rows and scores.
@@ -34,6 +34,9 @@ MAX_ROWS = 128
 MANY_ROWS = 64
 # Products into rows of a multiple of this many elements are up to a third faster.
 ALIGNMENT = 16
+
+
+ALL = slice(None)
 
 
 class Plan(NamedTuple):
@@ -93,6 +96,11 @@ def spans(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, max(step, 1)))
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; a call of `to` that changes nothing takes 2 us."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over tiles and the log-sum-exp are kept in: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -137,7 +145,7 @@ class Group:
         in_half = dtype is torch.bfloat16
 
         lengths, on_host = inputs.key_lengths, terms.lengths_on_host(inputs)
-        self.k, self.v = (x[batches, self.kv_heads, : self.n_keys].to(dtype) for x in (inputs.k, inputs.v))
+        self.k, self.v = (cast(cut(x, batches, self.kv_heads, slice(n_keys)), dtype) for x in (inputs.k, inputs.v))
         if not on_host:  # what lies beyond may be NaN, which a weight of zero does not remove
             beyond = terms.beyond_lengths(inputs, batches, heads, slice(0, T), slice(0, S))[:, None, :, None]
             self.k, self.v = self.k.masked_fill(beyond, 0.0), self.v.masked_fill(beyond, 0.0)
@@ -148,13 +156,14 @@ class Group:
         self.may_be_dead = inputs.attn_mask is not None or (lengths is not None and (options.left >= 0 or not on_host))
 
         def scaled_sum(queries: Tensor, bias: Tensor | None) -> Tensor:
-            queries = queries[batches, heads].permute(1, 2, 0, 3).to(sum_dtype(dtype))
-            return _scaled_sum(queries, None if bias is None else bias[heads, None, None], scale).to(dtype)
+            queries = cast(cut(queries, batches, heads).permute(1, 2, 0, 3), sum_dtype(dtype))
+            bias = None if bias is None else cut(bias, heads).unsqueeze(1).unsqueeze(1)
+            return cast(_scaled_sum(queries, bias, scale), dtype)
 
         self.q_content, self.q_position, self.r = scaled_sum(q, inputs.content_bias), None, None
         if inputs.r is not None:
             self.q_position = scaled_sum(q if inputs.q_pos is None else inputs.q_pos, inputs.position_bias)
-            self.r = part(inputs.r, batches, heads)[0].to(dtype)
+            self.r = cast(part(inputs.r, batches, heads)[0], dtype)
             self.r = self.r.contiguous() if in_half else self.r
         self.r_bias = None if inputs.r_bias is None else inputs.r_bias[heads, None].to(dtype) * scale
         b, h = batches.stop - batches.start, heads.stop - heads.start
@@ -173,6 +182,7 @@ class Tile:
         q_position: (1|h, t * b, Dr), 1 where all heads share r, or None.
         r: the rows of r that the tile uses, (1|h, p, Dr), or None.
         r_rows: which rows these are.
+        n_lanes: l.
     """
 
     def __init__(self, group: Group, rows: slice) -> None:
@@ -184,9 +194,9 @@ class Tile:
         self.group, self.where = group, (group.batches, group.heads, rows)
         self.keys = keys = slice(min(max(first, 0), stop), stop)
         self.n = n = keys.stop - keys.start
-        self._n_lanes = b * h // group.heads_per_key
-        self.k, self.v = group.k[:, :, keys], group.v[:, :, keys]
-        self.q_content = group.q_content[:, rows].permute(2, 0, 1, 3)
+        self.n_lanes = b * h // group.heads_per_key
+        self.k, self.v = cut(group.k, ALL, ALL, keys), cut(group.v, ALL, ALL, keys)
+        self.q_content = cut(group.q_content, ALL, rows).permute(2, 0, 1, 3)
 
         pitch = _aligned(n + t - 1)
         self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
@@ -203,15 +213,15 @@ class Tile:
         stop = max(min(group.inputs.rows - first_row, end), begin)
         self.r_rows = slice(first_row + begin, first_row + stop)
         self._band = self._raw[..., begin:stop]
-        self._hidden = [x for x in (self._raw[..., :start], self._raw[..., end:columns]) if x.shape[-1]]
-        self._without_row = [x for x in (self._raw[..., start:begin], self._raw[..., stop:end]) if x.shape[-1]]
-        self._beside_keys = [x for x in (self._raw[..., : t - 1], self._raw[..., n:end]) if x.shape[-1]]
+        self._hidden = (0, start), (end, columns)
+        self._without_row = (start, begin), (stop, end)
+        self._beside_keys = (0, t - 1), (n, end)
         self.r = self.q_position = None
         if group.r is not None:
             lanes = group.r.shape[0]
-            self.r = group.r[:, self.r_rows]
-            self.q_position = group.q_position[:, rows].reshape(lanes, -1, group.r.shape[2])
-            self._product = self._raw.view(lanes, -1, pitch)[..., begin:stop]
+            self.r = cut(group.r, ALL, self.r_rows)
+            self.q_position = cut(group.q_position, ALL, rows).reshape(lanes, -1, group.r.shape[2])
+            self._product = self._band if lanes == h else self._raw.view(lanes, -1, pitch)[..., begin:stop]
         self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
 
     @property
@@ -221,15 +231,13 @@ class Tile:
 
     def position_scores(self) -> Tensor:
         """scale * (BD + r_bias), -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
-        for columns in self._hidden:
-            columns.fill_(-torch.inf)
+        self._fill(self._hidden, -torch.inf)
         if self.r is not None:
             torch.bmm(self.q_position, self.r.mT, out=self._product)
         if self.group.r_bias is not None:
             bias = self.group.r_bias[..., self.r_rows]
             self._band.copy_(bias) if self.r is None else self._band.add_(bias)
-        for columns in self._without_row:
-            columns.zero_()
+        self._fill(self._without_row, 0.0)
         return self._shifted
 
     def scores(self) -> Tensor:
@@ -244,9 +252,7 @@ class Tile:
     def lanes(self, x: Tensor) -> Tensor:
         """x (b, h, t, any) as (l, m, any), or (b, hk, n, any) as (l, n, any)."""
         b, h, n, width = x.shape
-        return (
-            x.flatten(0, 1) if b * h == self._n_lanes else x.reshape(self._n_lanes, b * h * n // self._n_lanes, width)
-        )
+        return x.flatten(0, 1) if b * h == self.n_lanes else x.reshape(self.n_lanes, b * h * n // self.n_lanes, width)
 
     def drop(self, x: Tensor) -> Tensor:
         """x (l, m, n) with zeros where dropout strikes, in place."""
@@ -261,10 +267,14 @@ class Tile:
 
     def to_raw(self, dscores: Tensor) -> Tensor:
         """Moves dscores (l, m, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
-        for columns in self._beside_keys:
-            columns.zero_()
+        self._fill(self._beside_keys, 0.0)
         self._shifted.copy_(dscores.view(self._shifted.shape))
         return self._band
+
+    def _fill(self, ranges: tuple[tuple[int, int], ...], value: float) -> None:
+        for start, stop in ranges:
+            if start < stop:
+                self._raw[..., start:stop].fill_(value)
 
 
 def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
