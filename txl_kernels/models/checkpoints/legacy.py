@@ -78,6 +78,7 @@ def read_legacy(path: Path, classes: Mapping[str, type]) -> Any:
         "torch.device": lambda *parts: parts,
         "torch.Size": tuple,
         "builtins.set": set,
+        "__builtin__.set": set,  # its name in Python 2, which pickles still write
         "collections.OrderedDict": OrderedDict,
     }
     with path.open("rb") as file:

@@ -58,7 +58,7 @@ def _told(model: Any) -> dict[str, Any]:
     sizes = ("n_token", "n_head", "d_model", "d_head", "d_embed", "tgt_len", "ext_len", "mem_len")
     embedding, crit, layers = (_child(model, name) for name in ("word_emb", "crit", "layers"))
     attention, net = (_child(layers, "0", name) for name in ("dec_attn", "pos_ff"))
-    *cutoffs, _ = _get(embedding, "cutoffs", list)
+    cutoffs = _get(embedding, "cutoffs", list)[:-1]
     div_val = _get(embedding, "div_val", int)
     emb_projs, out_projs = (_get(_child(*of), "_parameters") for of in ((embedding, "emb_projs"), (crit, "out_projs")))
     clusters = [str(i) for i in range(len(cutoffs) + 1)]
