@@ -1,6 +1,7 @@
 """The whole Transformer-XL (Dai et al. 2019, arXiv 1901.02860) on the fused attention.
 
-Class names, parameters and state_dict keys are those of the original PyTorch code, so its checkpoints load.
+Class names, parameters and state_dict keys are those of the original PyTorch code. `load_original` reads its
+checkpoints, `load_huggingface` those of Hugging Face's implementation; `save` and `load` have a format of their own.
 """
 
 from txl_kernels.models.adaptive import AdaptiveEmbedding, ProjectedAdaptiveLogSoftmax
@@ -26,4 +27,8 @@ __all__ = [
     "ProjectedAdaptiveLogSoftmax",
     "RelLearnableDecoderLayer",
     "RelPartialLearnableDecoderLayer",
+    "load",
+    "load_huggingface",
+    "load_original",
+    "save",
 ]

@@ -58,7 +58,7 @@ def skeleton(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> MemTr
             model = MemTransformerLM(**{**arguments, **rows})
         model.reset_length(**lengths)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the arguments {dict(arguments)} make no model: {error}") from error
+        raise CheckpointError(f"the model's arguments do not fit: {error}") from error
     return model
 
 

@@ -97,8 +97,10 @@ def _renamed(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[
             if len(of_layers) < len(names) or len({tensor.shape for tensor in of_layers}) > 1:
                 raise CheckpointError(f"expected {names[0]} and its like for every layer, in one shape")
             state[bias] = torch.stack(of_layers)
-        elif of_layers:  # each layer has the same again
+        elif of_layers:  # files may have it once, or again for each layer
             state.setdefault(bias, of_layers[0])
+            if not all(torch.equal(tensor, state[bias]) for tensor in of_layers):
+                raise CheckpointError(f"expected the same {bias} in every layer, without untie_r, got different ones")
     # there the head has the first cluster's logit first, in the original the last one's
     for name in ("crit.cluster_weight", "crit.cluster_bias"):
         if name in state:
