@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from tests.checkpoint_tools import GOLDEN, assert_golden, golden_arguments, golden_state
+from tests.test_checkpoints_huggingface import assert_golden as assert_huggingface_golden
+from tests.test_checkpoints_huggingface import config_of, state_of, write
 from txl_kernels.models import CheckpointError, MemTransformerLM, load, save
 
 SIZES = {"n_token": 29, "n_layer": 2, "n_head": 2, "d_model": 12, "d_head": 6, "d_inner": 17}
@@ -200,6 +204,19 @@ def test_without_safetensors(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout.strip().endswith("pip install 'safetensors[torch]' False")
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme.split("### Checkpoints")[1].split("\n## ")[0], re.S)
+    monkeypatch.chdir(tmp_path)
+    torch.save(make_model().state_dict(), "model.pt")
+    Path("transfo-xl-wt103").mkdir()
+    write(Path("transfo-xl-wt103"), config_of("plain"), state_of("plain"))
+    arguments = make_model().config
+    variables = {}
+    exec(snippet.replace('"model.pt")', '"model.pt", **arguments)'), {"arguments": arguments}, variables)
+    assert_huggingface_golden(variables["model"], "plain")
 
 
 # Zeros to start from

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -250,6 +251,51 @@ def test_damaged(what, kind, tmp_path):
         except CheckpointError:
             refused += 1
     assert refused > 20
+
+
+def laughs():
+    joke = ("ha",)
+    for _ in range(100):
+        joke = (joke, joke)
+    return joke
+
+
+class Shadowed:
+    """Pickles as an OrderedDict whose attributes stand in place of its methods."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __reduce__(self):
+        shadows = dict.fromkeys(("items", "keys", "values", "get", "__iter__", "__len__"), torch.Size)
+        return OrderedDict, (), shadows, None, iter(self.content.items())
+
+
+def test_methods_in_a_pickle_are_not_called(kind, tmp_path):
+    path = crafted(tmp_path / "state.pt", pickled(Shadowed({"w": 1.0})), kind)
+    with pytest.raises(CheckpointError, match="w: expected a tensor, got float"):
+        load_original(path)
+
+
+@pytest.mark.parametrize("keys", [[1, "0"], ["0", "0"], [], "0", [["0"]], None, {"0": 1}])
+def test_a_list_of_storages_that_is_none(keys, tmp_path):
+    path = crafted(tmp_path / "state.pt", tensor_pickle(), "legacy")
+    path.write_bytes(path.read_bytes().removesuffix(pickle.dumps([], 2)) + pickle.dumps(keys, 2) + BYTES)
+    with pytest.raises(CheckpointError, match="the storages are not those"):
+        load_original(path)
+
+
+def test_deep_and_repeated_content_is_refused_at_once(kind, tmp_path):
+    path = crafted(tmp_path / "model.pt", pickled(Persistent(("laughs", laughs()))), kind)
+    with pytest.raises(CheckpointError):
+        load_original(path)
+
+
+def test_two_threads(tmp_path):
+    path = saved(tmp_path / "model.pt", original_model(golden_arguments("attn0"), golden_state("attn0")), "zip")
+    with ThreadPoolExecutor(4) as pool:
+        for model in [pool.submit(load_original, path) for _ in range(40)]:
+            assert model.result().n_layer == 2
 
 
 def tar(path):

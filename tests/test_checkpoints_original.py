@@ -159,6 +159,8 @@ BIAS, TABLE, OUT = "r_w_bias", "word_emb.emb_layers.0.weight", "crit.out_layers.
         (lambda s: s | {BIAS: s[BIAS][:1]}, r"r_w_bias: expected shape \(2, 6\), got \(1, 6\)"),
         (lambda s: s | {BIAS: s[BIAS].long()}, "r_w_bias: expected a dense floating-point tensor"),
         (lambda s: s | {BIAS: 3}, "r_w_bias: expected a tensor, got int"),
+        (lambda s: s | {"r_emb": s[BIAS][0]}, "unknown r_emb"),
+        (lambda s: torch.optim.Adam([s[BIAS]]).state_dict(), "state: expected a tensor, got dict"),
         (lambda s: s | {OUT: s[OUT] + 1}, f"{TABLE} and {OUT}: expected the same values"),
     ],
 )
@@ -197,7 +199,7 @@ def test_overlapping_tensors_come_apart(kind, tmp_path):
         (lambda m: m._modules.update(layers=nn.ModuleList()), "expected _modules of a NoneType"),
         (
             lambda m: m.layers._modules.update({"1": m.layers[0]}),
-            "damaged: the module at layers.1. is also somewhere else",
+            "damaged: the module layers",
         ),
         (lambda m: m.layers[1]._modules.update(round=m.layers), "is also somewhere else"),
         (lambda m: vars(m.word_emb).update(_parameters=None), "expected _parameters of a AdaptiveEmbedding"),

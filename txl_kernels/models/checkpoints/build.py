@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from txl_kernels.models.checkpoints.files import CheckpointError
 from txl_kernels.models.language_model import MemTransformerLM
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def build(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> MemTransformerLM:
     """The model of these constructor arguments with these tensors, in evaluation mode.
@@ -52,10 +54,12 @@ def skeleton(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> MemTr
         CheckpointError: An argument does not fit.
     """
     lengths = {name: arguments.get(name) for name in ("tgt_len", "ext_len", "mem_len")}
-    rows = {"tgt_len": state["r_emb"].shape[1], "ext_len": 0, "mem_len": 0} if "r_emb" in state else {}
+    made_with = lengths
+    if "r_emb" in state and state["r_emb"].ndim == 4:
+        made_with = {"tgt_len": state["r_emb"].shape[1], "ext_len": 0, "mem_len": 0}
     try:
         with torch.device("meta"):
-            model = MemTransformerLM(**{**arguments, **rows})
+            model = MemTransformerLM(**{**arguments, **made_with})
         model.reset_length(**lengths)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the model's arguments do not fit: {error}") from error
@@ -71,7 +75,7 @@ def shared_names(model: nn.Module) -> list[list[str]]:
 
 
 def _check(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or not tensor.is_floating_point():
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         raise CheckpointError(f"{name}: expected a dense floating-point tensor, got {tensor.layout}, {tensor.dtype}")
     if tensor.shape != shape:
         raise CheckpointError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")

@@ -36,7 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"expected the file {path.name} in this directory")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name}: expected an object, got {type(content).__name__}")
     return content

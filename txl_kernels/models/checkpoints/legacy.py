@@ -87,7 +87,7 @@ def read_legacy(path: Path, classes: Mapping[str, type]) -> Any:
         _unpickle(file)
         content = _unpickle(file, {**classes, **DTYPES, **rebuilders}, storages)
         keys = _unpickle(file)
-        if not isinstance(keys, list) or sorted(keys) != sorted(storages):
+        if not isinstance(keys, list) or {type(key) for key in keys} - {str} or sorted(keys) != sorted(storages):
             raise CheckpointError("damaged: the storages are not those that its tensors need")
         for key in keys:
             _fill(storages[key], file, path.stat().st_size)
@@ -112,7 +112,7 @@ class _Unpickler(pickle.Unpickler):
                 storage = self.storages.setdefault(key, Storage(dtype, numel, bytearray()))
                 if storage[:2] == (dtype, numel):
                     return storage
-        raise CheckpointError(f"refused, its pickle has a persistent id that is neither class nor storage: {pid!r:.99}")
+        raise CheckpointError("refused, its pickle has a persistent id that is neither a class nor a whole storage")
 
 
 def _unpickle(file: BinaryIO, allowed: Mapping[str, Any] | None = None, storages: dict | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from txl_kernels.models.checkpoints.build import build
 from txl_kernels.models.checkpoints.files import CheckpointError, reading
-from txl_kernels.models.checkpoints.pickles import load_tensors, read_pickle
+from txl_kernels.models.checkpoints.pickles import load_tensors, plain, read_pickle
 from txl_kernels.models.language_model import MemTransformerLM
 
 
@@ -39,9 +39,9 @@ def load_original(path: str | Path, **arguments: Any) -> MemTransformerLM:
         if type(content).__name__ in ("DataParallel", "BalancedDataParallel"):
             content = _child(content, "module")
         if isinstance(content, dict):
-            told, state = {}, content
+            told, state = {}, load_tensors(content)
         elif type(content).__name__ == "MemTransformerLM":
-            told, state = _told(content), dict(_tensors(content, "", set()))
+            told, state = _told(content), load_tensors(dict(_tensors(content)))
         else:
             raise CheckpointError(f"expected a MemTransformerLM or its state_dict, got {type(content).__name__}")
         parameters = inspect.signature(MemTransformerLM).parameters.values()
@@ -50,7 +50,7 @@ def load_original(path: str | Path, **arguments: Any) -> MemTransformerLM:
             raise CheckpointError(
                 f"a state_dict does not say how its model was made: give its arguments, also {', '.join(missing)}"
             )
-        return build({**told, **arguments}, load_tensors(state))
+        return build({**told, **arguments}, state)
 
 
 def _told(model: Any) -> dict[str, Any]:
@@ -79,16 +79,18 @@ def _told(model: Any) -> dict[str, Any]:
     }
 
 
-def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
     """The state_dict of a pickled module, item by item."""
-    if id(module) in seen:
-        raise CheckpointError(f"damaged: the module at {prefix} is also somewhere else")
-    seen.add(id(module))
-    for name, tensor in {**_get(module, "_parameters"), **_get(module, "_buffers")}.items():
-        if tensor is not None:
-            yield f"{prefix}{name}", tensor
-    for name in _get(module, "_modules"):
-        yield from _tensors(_child(module, name), f"{prefix}{name}.", seen)
+    left, seen = [("", model)], set()
+    while left:
+        prefix, module = left.pop()
+        if id(module) in seen:
+            raise CheckpointError(f"damaged: the module {prefix} is also somewhere else")
+        seen.add(id(module))
+        for name, tensor in {**_get(module, "_parameters"), **_get(module, "_buffers")}.items():
+            if tensor is not None:
+                yield f"{prefix}{name}", tensor
+        left += [(f"{prefix}{name}.", child) for name, child in _get(module, "_modules").items()]
 
 
 def _weight(module: Any, *names: str) -> Any:
@@ -105,4 +107,4 @@ def _get(module: Any, name: str, kind: type | tuple[type, ...] = dict) -> Any:
     value = getattr(module, "__dict__", {}).get(name)
     if not isinstance(value, kind):
         raise CheckpointError(f"damaged: expected {name} of a {type(module).__name__}, got {type(value).__name__}")
-    return value
+    return plain(value) if isinstance(value, dict) else value

@@ -1,7 +1,7 @@
 """Pickled checkpoints, whatever wrote them, as data: modules are read as records of their attributes."""
 
-from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ _MODULES = {
     # an attribute of every module until PyTorch 1.4, of no meaning here
     "torch.nn.backends.thnn": ("_get_thnn_function_backend",),
 }
+# what torch allows to be read is the same for all threads
+_ONE_AT_A_TIME = Lock()
 
 
 class PickledModule:
@@ -60,7 +62,7 @@ def read_pickle(path: Path) -> Any:
     return _read_zip(path, classes) if head.startswith(b"PK\x03\x04") else read_legacy(path, classes)
 
 
-def load_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def load_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state_dict from `read_pickle`, without the prefix that DataParallel gives their names.
 
     Raises:
@@ -70,7 +72,7 @@ def load_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError("expected a state_dict, got a dict that is empty or has keys that are no names")
     wrapped = all(name.startswith("module.") for name in content)
     tensors = {}
-    for name, tensor in content.items():
+    for name, tensor in plain(content).items():
         tensor = tensor.load() if isinstance(tensor, LazyTensor) else tensor
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -78,9 +80,14 @@ def load_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def plain(content: dict) -> dict:
+    """A copy of a dict from a pickle, which may be an OrderedDict with attributes in place of its methods."""
+    return dict(list(dict.items(content)))
+
+
 def _read_zip(path: Path, classes: dict[str, type]) -> Any:
     """By torch's loader that runs nothing but what it knows, with classes in place of those of these names."""
-    with torch.serialization.safe_globals([(cls, name) for name, cls in classes.items()]):
+    with _ONE_AT_A_TIME, torch.serialization.safe_globals([(cls, name) for name, cls in classes.items()]):
         try:
             forbidden = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not forbidden:
