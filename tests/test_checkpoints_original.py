@@ -223,11 +223,12 @@ def test_classes_that_the_user_allowed_do_no_harm(tmp_path):
         assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_another_process_with_no_such_classes(kind, tmp_path):
-    path = saved(tmp_path / "model.pt", original_model(golden_arguments("attn0"), golden_state("attn0")), kind)
+def test_another_process_with_no_such_classes(tmp_path):
+    original = original_model(golden_arguments("attn0"), golden_state("attn0"))
+    paths = [str(saved(tmp_path / f"{kind}.pt", original, kind)) for kind in FORMATS]
     program = (
         "import sys; from txl_kernels.models import load_original\n"
-        f"print(load_original({str(path)!r}).config['d_inner'], 'mem_transformer' in sys.modules)"
+        f"print(*(load_original(path).config['d_inner'] for path in {paths}), 'mem_transformer' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert out.stdout.split() == [str(golden_arguments("attn0")["d_inner"]), "False"]
+    assert out.stdout.split() == [*[str(golden_arguments("attn0")["d_inner"])] * 2, "False"]

@@ -94,7 +94,8 @@ def read_legacy(path: Path, classes: Mapping[str, type]) -> Any:
     return content
 
 
-class _Unpickler(pickle.Unpickler):
+# the one in Python, as that in C takes gigabytes where a damaged file names a high index of its memo
+class _Unpickler(pickle._Unpickler):
     def __init__(self, file: BinaryIO, allowed: Mapping[str, Any], storages: dict[str, Storage]) -> None:
         super().__init__(file, encoding="utf-8")
         self.allowed, self.storages = allowed, storages
