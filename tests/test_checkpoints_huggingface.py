@@ -94,8 +94,13 @@ def test_dropout_is_that_of_the_configuration(tmp_path):
     assert (model.config["dropout"], model.config["dropatt"]) == (0.25, 0)
 
 
-def test_a_half_precision_file(tmp_path):
-    state = {name: tensor.half() for name, tensor in state_of("plain").items() if "inv_freq" not in name}
+@pytest.mark.parametrize("frequencies", [torch.float16, torch.float32, None])
+def test_a_half_precision_file(frequencies, tmp_path):
+    state = {name: tensor.half() for name, tensor in state_of("plain").items()}
+    if frequencies is None:
+        del state["transformer.pos_emb.inv_freq"]
+    else:
+        state["transformer.pos_emb.inv_freq"] = state_of("plain")["transformer.pos_emb.inv_freq"].to(frequencies)
     model = load_huggingface(write(tmp_path, config_of("plain"), state))
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float16}
 

@@ -195,8 +195,8 @@ def test_overlapping_tensors_come_apart(kind, tmp_path):
         (lambda m: setattr(m, "attn_type", 5), "attn_type: expected 0, 1, 2 or 3, got 5"),
         (lambda m: setattr(m, "tgt_len", 0), "tgt_len: expected an int >= 1"),
         (lambda m: setattr(m.word_emb, "cutoffs", ["a", 30]), "do not fit"),
-        (lambda m: m._modules.pop("crit"), "expected _modules of a NoneType"),
-        (lambda m: m._modules.update(layers=nn.ModuleList()), "expected _modules of a NoneType"),
+        (lambda m: m._modules.pop("crit"), "expected a module named crit, found none"),
+        (lambda m: m._modules.update(layers=nn.ModuleList()), "expected a module named 0"),
         (
             lambda m: m.layers._modules.update({"1": m.layers[0]}),
             "damaged: the module layers",

@@ -58,8 +58,7 @@ def load_huggingface(path: str | Path) -> MemTransformerLM:
         if found[0].suffix == ".safetensors":
             state = read_safetensors(found[0])
         else:
-            content = read_pickle(found[0])
-            state = load_tensors(content if isinstance(content, dict) else {})
+            state = load_tensors(read_pickle(found[0]))
         return build(arguments, _renamed(state, arguments))
 
 
@@ -105,7 +104,7 @@ def _renamed(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[
     for name in ("crit.cluster_weight", "crit.cluster_bias"):
         if name in state:
             state[name] = state[name].flip(0)
-    if "pos_emb.inv_freq" not in state and state:
-        dtype = next(iter(state.values())).dtype
-        state["pos_emb.inv_freq"] = PositionalEmbedding(arguments["d_model"]).inv_freq.to(dtype)
+    # files may lack it, or have it in float32 beside parameters of 16 bits
+    frequencies = state.get("pos_emb.inv_freq", PositionalEmbedding(arguments["d_model"]).inv_freq)
+    state["pos_emb.inv_freq"] = frequencies.to(state.get("crit.out_layers.0.bias", frequencies).dtype)
     return state

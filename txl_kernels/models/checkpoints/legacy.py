@@ -72,7 +72,6 @@ def read_legacy(path: Path, classes: Mapping[str, type]) -> Any:
     """
     storages: dict[str, Storage] = {}
     rebuilders = {
-        "torch._utils._rebuild_tensor": lambda *parts: LazyTensor(*parts),
         "torch._utils._rebuild_tensor_v2": lambda *parts: LazyTensor(*parts[:4]),
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch.device": lambda *parts: parts,

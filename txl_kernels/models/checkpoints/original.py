@@ -12,12 +12,13 @@ from txl_kernels.models.language_model import MemTransformerLM
 
 
 def load_original(path: str | Path, **arguments: Any) -> MemTransformerLM:
-    """Loads a checkpoint of the original code, of any PyTorch since 0.2, without running anything that it holds.
+    """Loads a checkpoint of the original code, of PyTorch 0.4 or newer, without running anything that it holds.
 
     A pickled module (``model.pt``), also one inside DataParallel, says itself how it was made. A state_dict does
     not: give the arguments of `MemTransformerLM`::
 
         model = load_original("model.pt")
+        model = load_original("model.pt", tgt_len=128, mem_len=1600, clamp_len=1000, same_length=True)  # to evaluate
         model = load_original("state.pt", n_token=204, n_layer=12, n_head=8, d_model=512, d_head=64, d_inner=2048,
                               dropout=0.1, dropatt=0.0, tgt_len=512, ext_len=0, mem_len=512)
 
@@ -100,6 +101,8 @@ def _weight(module: Any, *names: str) -> Any:
 def _child(module: Any, *names: str) -> Any:
     for name in names:
         module = _get(module, "_modules").get(name)
+        if module is None:
+            raise CheckpointError(f"damaged: expected a module named {name}, found none")
     return module
 
 

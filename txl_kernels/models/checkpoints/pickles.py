@@ -58,18 +58,20 @@ def read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(512)
     if head[257:262] == b"ustar":
-        raise CheckpointError("expected a file of PyTorch 0.2 or newer, got the tar format of PyTorch 0.1")
+        raise CheckpointError("expected a file of PyTorch 0.4 or newer, got the tar format of PyTorch 0.1")
     return _read_zip(path, classes) if head.startswith(b"PK\x03\x04") else read_legacy(path, classes)
 
 
-def load_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+def load_tensors(content: Any) -> dict[str, Tensor]:
     """The tensors of a state_dict from `read_pickle`, without the prefix that DataParallel gives their names.
 
     Raises:
         CheckpointError: It is no state_dict, or a tensor does not fit its storage.
     """
-    if not content or not all(isinstance(name, str) for name in content):
-        raise CheckpointError("expected a state_dict, got a dict that is empty or has keys that are no names")
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(
+            f"expected a state_dict, got {type(content).__name__}, empty or with other keys than names"
+        )
     wrapped = all(name.startswith("module.") for name in content)
     tensors = {}
     for name, tensor in plain(content).items():
