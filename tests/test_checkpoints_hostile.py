@@ -199,8 +199,9 @@ BYTES = struct.pack("<q4f", 4, 1, 2, 3, 4)
         ({"size": ("a",)}, "does not fit its storage"),
         ({"size": None}, "does not fit its storage"),
         ({"size": (2, 2)}, "does not fit its storage"),
-        ({"storage": (torch.FloatStorage, "0", "cpu", 5, None)}, "a storage is shorter"),
-        ({"storage": (torch.FloatStorage, "0", "cpu", 2**61, None)}, "a storage is shorter"),
+        ({"storage": (torch.FloatStorage, "0", "cpu", 5, None)}, "a storage has another length"),
+        ({"storage": (torch.FloatStorage, "0", "cpu", 3, None), "size": (3,)}, "a storage has another length"),
+        ({"storage": (torch.FloatStorage, "0", "cpu", 2**61, None)}, "a storage has another length"),
         ({"storage": (torch.FloatStorage, "0", "cpu", -4, None)}, "persistent id"),
         ({"storage": (torch.FloatStorage, "1", "cpu", 4, None)}, "not those that its tensors need"),
         ({"storage": (torch.FloatStorage, "0", "cpu", 4, ("1", 0, 2))}, "persistent id"),
@@ -212,6 +213,14 @@ def test_tensors_stay_inside_their_storage(parts, message, tmp_path):
     path = crafted(tmp_path / "state.pt", tensor_pickle(**parts), "legacy", keys=["0"])
     path.write_bytes(path.read_bytes() + BYTES)
     with pytest.raises(CheckpointError, match=message):
+        load_original(path, **golden_arguments("attn0"))
+
+
+def test_a_storage_as_long_as_no_file(tmp_path):
+    content = tensor_pickle(storage=(torch.FloatStorage, "0", "cpu", 2**62, None))
+    path = crafted(tmp_path / "state.pt", content, "legacy", keys=["0"])
+    path.write_bytes(path.read_bytes() + struct.pack("<q4f", 2**62, 1, 2, 3, 4))
+    with pytest.raises(CheckpointError, match="a storage has another length"):
         load_original(path, **golden_arguments("attn0"))
 
 

@@ -55,10 +55,8 @@ def load_huggingface(path: str | Path) -> MemTransformerLM:
         found = [directory / name for name in _WEIGHTS if (directory / name).is_file()] if path.is_dir() else [path]
         if not found:
             raise CheckpointError(f"expected {' or '.join(_WEIGHTS)} (in one piece) in this directory, found neither")
-        if found[0].suffix == ".safetensors":
-            state = read_safetensors(found[0])
-        else:
-            state = load_tensors(read_pickle(found[0]))
+        pickled = found[0].suffix != ".safetensors"
+        state = load_tensors(read_pickle(found[0])) if pickled else read_safetensors(found[0])
         return build(arguments, _renamed(state, arguments))
 
 

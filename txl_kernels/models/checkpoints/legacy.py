@@ -128,5 +128,5 @@ def _fill(storage: Storage, file: BinaryIO, file_size: int) -> None:
     numel = int.from_bytes(file.read(8), "little", signed=True)
     nbytes = storage.numel * storage.dtype.itemsize
     if numel != storage.numel or file.tell() + nbytes > file_size:
-        raise CheckpointError("damaged or truncated: a storage is shorter than it should be")
+        raise CheckpointError("damaged or truncated: a storage has another length than it should")
     storage.content[:] = file.read(nbytes)

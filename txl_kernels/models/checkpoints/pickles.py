@@ -69,9 +69,7 @@ def load_tensors(content: Any) -> dict[str, Tensor]:
         CheckpointError: It is no state_dict, or a tensor does not fit its storage.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(
-            f"expected a state_dict, got {type(content).__name__}, empty or with other keys than names"
-        )
+        raise CheckpointError(f"expected a state_dict, got {type(content).__name__} without names")
     wrapped = all(name.startswith("module.") for name in content)
     tensors = {}
     for name, tensor in plain(content).items():
