@@ -161,17 +161,8 @@ class MemTransformerLM(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that make such a model anew, with the lengths, switches and dropout that it has now."""
-        changing = (
-            "tgt_len",
-            "ext_len",
-            "mem_len",
-            "same_length",
-            "clamp_len",
-            "gradient_checkpointing",
-            "zero_memory",
-        )
-        now = {name: getattr(self, name) for name in changing}
-        return self._arguments | now | {"dropout": self.drop.p, "dropatt": self.layers[0].dec_attn.dropatt.p}
+        now = {name: getattr(self, name, value) for name, value in self._arguments.items()}
+        return now | {"dropout": self.drop.p, "dropatt": self.layers[0].dec_attn.dropatt.p}
 
     def reset_length(self, tgt_len: int, ext_len: int, mem_len: int) -> None:
         """Sets the lengths for the segments to come; learned positions keep the number of rows they were made with.
