@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import types
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,10 @@ def original_names():
     """Forgets the classes of `original_model` afterwards, so that nothing can load them by importing."""
     before = dict(sys.modules)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Couldn't retrieve source code")
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
     finally:
         sys.modules.clear()
         sys.modules.update(before)
@@ -205,3 +209,31 @@ def crafted(path, pickled, kind, keys=()):
         for name in source.namelist():
             target.writestr(name, pickled if name.endswith("/data.pkl") else source.read(name))
     return path
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.parts = function, arguments
+
+    def __reduce__(self):
+        return self.parts
+
+
+class Persistent:
+    """Pickles as a persistent id."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, Persistent) else None
+
+
+def pickled(content):
+    file = io.BytesIO()
+    Pickler(file, 2).dump(content)
+    return file.getvalue()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -35,8 +34,7 @@ OTHERS = {
 
 @pytest.fixture(autouse=True)
 def names():
-    with original_names(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Couldn't retrieve source code")
+    with original_names():
         yield
 
 
