@@ -143,7 +143,11 @@ def test_what_does_not_fit(change, message, kind, tmp_path):
         load_huggingface(write(tmp_path, config, state, kind))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '{"n_head": NaN}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "\xff", '{"n_head": NaN}', "[" * 200_000],
+    ids=["empty", "open", "list", "latin", "nan", "deep"],
+)
 def test_a_damaged_configuration(text, tmp_path):
     write(tmp_path, config_of("plain"), state_of("plain"))
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
