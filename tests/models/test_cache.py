@@ -29,6 +29,8 @@ def assert_same_numbers(model, stream=None, rtol=1e-12):
         {"same_length": True},
         {"same_length": True, "mem_len": 3},
         {"clamp_len": 4},
+        {"zero_memory": True},
+        {"zero_memory": True, "pre_lnorm": True},
         {"same_length": True, "clamp_len": 3, "pre_lnorm": True},
         {"mem_len": 0},
         {"mem_len": 1},

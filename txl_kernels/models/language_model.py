@@ -5,6 +5,7 @@ Legend: B batch, H heads, T segment length, M memory length, S = M + T, D head s
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,8 @@ class MemTransformerLM(nn.Module):
         sample_softmax: Accepted as in the original, must be <= 0.
         untie_r: Whether each layer has a content and a position bias of its own (attn_type 0; 1 has them anyway).
         gradient_checkpointing: Recompute the inside of each layer in the backward pass instead of keeping it.
+        zero_memory: The memory before the first segment is mem_len states of zeros, which are attended to, as in
+            Hugging Face's implementation; else it is empty, as in the original.
 
     Raises:
         ValueError: A size, a length, attn_type, cutoffs, div_val or tie_projs does not fit.
@@ -103,8 +106,11 @@ class MemTransformerLM(nn.Module):
         *,
         untie_r: bool = False,
         gradient_checkpointing: bool = False,
+        zero_memory: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self._arguments = arguments | {"tie_projs": list(tie_projs), "cutoffs": list(cutoffs)}
         d_embed = d_model if d_embed is None else d_embed
         sizes = {"n_token": n_token, "n_layer": n_layer, "n_head": n_head, "d_model": d_model}
         check_counts(1, sizes | {"d_head": d_head, "d_inner": d_inner, "d_embed": d_embed})
@@ -123,7 +129,7 @@ class MemTransformerLM(nn.Module):
             raise ValueError(f"tie_projs: expected at most {len(cutoffs) + 1}, one a cluster, got {list(tie_projs)}")
         self.n_token, self.n_layer, self.d_model, self.attn_type = n_token, n_layer, d_model, attn_type
         self.same_length, self.clamp_len = same_length, clamp_len
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.zero_memory = gradient_checkpointing, zero_memory
         self.reset_length(tgt_len, ext_len, mem_len)
 
         self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
@@ -154,6 +160,12 @@ class MemTransformerLM(nn.Module):
             self.r_bias = nn.Parameter(torch.empty(n_layer, rows, n_head))
         init_parameters(self)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make such a model anew, with the lengths, switches and dropout that it has now."""
+        now = {name: getattr(self, name, value) for name, value in self._arguments.items()}
+        return now | {"dropout": self.drop.p, "dropatt": self.layers[0].dec_attn.dropatt.p}
+
     def reset_length(self, tgt_len: int, ext_len: int, mem_len: int) -> None:
         """Sets the lengths for the segments to come; learned positions keep the number of rows they were made with.
 
@@ -164,12 +176,22 @@ class MemTransformerLM(nn.Module):
         check_counts(0, {"ext_len": ext_len, "mem_len": mem_len})
         self.tgt_len, self.ext_len, self.mem_len = tgt_len, ext_len, mem_len
 
-    def init_mems(self) -> list[Tensor] | None:
-        """The memory before the first segment: n_layer + 1 tensors of length 0; None if mem_len is 0."""
+    def init_mems(self, bsz: int | None = None) -> list[Tensor] | None:
+        """The memory before the first segment: n_layer + 1 tensors, None if mem_len is 0.
+
+        Args:
+            bsz: Batch size B, needed with ``zero_memory``, where the tensors are zeros (mem_len, B, C); without it
+                their length is 0.
+
+        Raises:
+            ValueError: No bsz with ``zero_memory``.
+        """
         if not self.mem_len:
             return None
-        weight = self.word_emb.emb_layers[0].weight
-        return [torch.empty(0, dtype=weight.dtype, device=weight.device) for _ in range(self.n_layer + 1)]
+        if self.zero_memory and bsz is None:
+            raise ValueError("bsz: expected the batch size, with zero_memory, got None")
+        shape = (self.mem_len, bsz, self.d_model) if self.zero_memory else (0,)
+        return [self.word_emb.emb_layers[0].weight.new_zeros(shape) for _ in range(self.n_layer + 1)]
 
     def forward(self, data: Tensor, target: Tensor, *mems: Tensor) -> list[Tensor]:
         """Losses of a segment, and the memory for the next.
@@ -190,7 +212,7 @@ class MemTransformerLM(nn.Module):
                 only); same_length with mem_len 0, where no token would see any.
         """
         check_segment(self, data, target, mems)
-        hidden, new_mems = self._forward(data, list(mems) or self.init_mems())
+        hidden, new_mems = self._forward(data, list(mems) or self.init_mems(data.shape[1]))
         losses = self.crit(hidden[-target.shape[0] :].flatten(0, 1), target.flatten())
         return [losses.view(target.shape), *(new_mems or [])]
 
@@ -210,7 +232,7 @@ class MemTransformerLM(nn.Module):
                 dropout), or mems do not fit.
         """
         check_mems(self, mems, batch_size, at_most=self.mem_len)
-        return Cache(self, batch_size, mems or self.init_mems() or ())
+        return Cache(self, batch_size, mems or self.init_mems(batch_size) or ())
 
     @torch.no_grad()
     def losses(self, data: Tensor, target: Tensor, cache: Cache) -> Tensor:
