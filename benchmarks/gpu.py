@@ -37,7 +37,7 @@ def parts() -> Iterator[tuple[str, list[str]]]:
     yield "benchmark-host-time", ["benchmarks/test_host_time.py", "--benchmark-only"]
     for direction in ("causal", "bidirectional"):
         yield f"benchmark-longest-{direction}", ["benchmarks/test_longest.py", "--benchmark-only", "-k", direction]
-    for name in ("kept_projections", "evaluation_speed", "training_speed", "language_model"):
+    for name in ("kept_projections", "evaluation_speed", "memory_helps", "training_speed", "language_model"):
         yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
 
 

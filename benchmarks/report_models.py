@@ -52,6 +52,23 @@ def training_speed_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(x: Result) -> str:
+    """A Markdown table of the loss by length of memory in evaluation."""
+    lengths = list(x["memory_helps"]["trained with memory"])
+    lines = [
+        f"Memory helps: nats a token of a text that repeats itself every {x['period']} tokens, in segments of "
+        f"{x['segment']}, by the length of the memory in evaluation; training had {x['memory']} or none, and distances "
+        f"are clamped at {x['clamp_len']}, the farthest that training had.",
+        "",
+        f"| | {' | '.join(map(str, lengths))} |",
+        f"|---|{'--:|' * len(lengths)}",
+    ]
+    for name, losses in x["memory_helps"].items():
+        cells = [f"{losses[length]:.2f}" if length in losses else "" for length in lengths]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def training_sentence(x: Result) -> str:
     """What the language model's training gave."""
     sizes = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, T = M = {segment}, batch {batch}"
@@ -75,4 +92,5 @@ def sections(results: list[Result]) -> list[str]:
     }
     found = {key: [x for x in results if key in x] for key in tables}
     parts = [tables[key](some) for key, some in found.items() if some]
+    parts += [memory_table(x) for x in results if "memory_helps" in x]
     return parts + [training_sentence(x) for x in results if "text" in x]

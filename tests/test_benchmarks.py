@@ -264,6 +264,13 @@ def test_report_tells_how_fast_models_evaluate_and_train():
     assert "d_inner 1024 | 128, 8 | 1024 | 512 | 2.00x |" in text
 
 
+def test_report_tells_that_memory_helps():
+    losses = {"trained with memory": {"0": 2.9, "12": 2.06}, "same_length": {"12": 1.5}}
+    result = {"memory_helps": losses, "period": 24, "segment": 16, "memory": 12, "clamp_len": 27, "machine": MACHINE}
+    text = report.markdown([result])
+    assert "| | 0 | 12 |\n|---|--:|--:|\n| trained with memory | 2.90 | 2.06 |\n| same_length |  | 1.50 |" in text
+
+
 def test_gpu_parts_go_on_where_time_was_up(monkeypatch, tmp_path, capsys):
     """Finished parts are not run again; results are saved before the tuner, which comes last."""
     pytest.importorskip("triton")
