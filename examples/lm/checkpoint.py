@@ -35,7 +35,9 @@ def load(path: Path) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{path}: expected a checkpoint, got a file that is cut off, damaged or another ({reason})") from error
+        raise ValueError(
+            f"{path}: expected a checkpoint, got a file that is cut off, damaged or another ({reason})"
+        ) from error
     if not isinstance(contents, dict) or "configuration" not in contents:
         raise ValueError(f"{path}: expected a checkpoint of this program, got something else")
     return contents
@@ -84,7 +86,9 @@ def model_path(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{path}: no checkpoint (best.pt, step-*.pt) here" if path.exists() else f"{path}: not there")
+    raise FileNotFoundError(
+        f"{path}: no checkpoint (best.pt, step-*.pt) here" if path.exists() else f"{path}: not there"
+    )
 
 
 def _sync(folder: Path) -> None:

@@ -38,7 +38,9 @@ class Configuration:
     dropatt: float = _option("model", "probability on the attention probabilities", 0.0)
     attn_type: int = _model("0: relative, 1: learned relative, 2: sinusoids, 3: learned positions", 0)
     clamp_len: int = _option("model", "largest distance told apart in training, -1: all", -1)
-    cutoffs: tuple[int, ...] = _model("first tokens of the vocabulary's clusters; those it doesn't have are left out", ())
+    cutoffs: tuple[int, ...] = _model(
+        "first tokens of the vocabulary's clusters; those it doesn't have are left out", ()
+    )
     div_val: int = _model("each cluster's embeddings are narrower than those before by this factor", 1)
     tie_projs: bool = _model("clusters after the first share the projection of input and output", False)
     gradient_checkpointing: bool = _option("model", "recompute layers in the backward pass to save memory", False)

@@ -1,133 +1,31 @@
-"""Text as tokens: vocabularies of bytes, characters or words, the layouts of the original's data, and batches."""
+"""Text as streams of tokens: any file or folder, the layouts of the original's data scripts, and batches of segments."""
 
 from __future__ import annotations
 
-import codecs
 import zlib
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import torch
 from torch import Tensor
 
-UNITS = ("bytes", "characters", "words")
+from .vocabulary import BYTES, END, Vocabulary, as_bytes
+
 SPLITS = ("train", "valid", "test")
-BYTES = [chr(byte) for byte in range(256)]  # a byte is written as the character of the same number
-_END, _UNKNOWN = ("<eos>", "<S>"), ("<unk>", "<UNK>")  # as WikiText and as the One Billion Word vocabulary has it
-
-
-class Vocabulary:
-    """The symbols that are tokens: token i is symbols[i].
-
-    Args:
-        units: "bytes", "characters" or "words".
-        symbols: All different; of words, one ends a line: ``<eos>`` or ``<S>``.
-
-    Raises:
-        ValueError: units is unknown, symbols repeat, are none, or none of them ends a line.
-    """
-
-    def __init__(self, units: str, symbols: Sequence[str]) -> None:
-        if units not in UNITS:
-            raise ValueError(f"units: expected one of {', '.join(UNITS)}, got {units}")
-        self.units, self.symbols = units, list(symbols)
-        self._index = _Index(self)
-        if not symbols or len(self._index) < len(symbols):
-            repeated = [symbol for symbol, count in Counter(symbols).most_common(1) if count > 1]
-            raise ValueError(f"vocabulary: expected different {units}, got {repeated or 'none'}")
-        self.end = next((symbol for symbol in _END if symbol in self._index), None) if units == "words" else None
-        if units == "words" and self.end is None:
-            raise ValueError(f"vocabulary: expected {_END[0]} or {_END[1]}, which ends a line, among the words, got none")
-
-    def __len__(self) -> int:
-        return len(self.symbols)
-
-    @classmethod
-    def from_file(cls, path: Path) -> Vocabulary:
-        """Words, the first of each line."""
-        return cls("words", [line.split()[0] for line in read_text(path).splitlines() if line.strip()])
-
-    @classmethod
-    def counted(cls, units: str, pieces: Iterable[Sequence[str]], min_count: int = 1) -> Vocabulary:
-        """The symbols of pieces, frequent ones first; words seen less than min_count times become ``<unk>``."""
-        counts = Counter(chain.from_iterable(pieces))
-        symbols = [symbol for symbol, count in counts.most_common() if count >= min_count]
-        if units == "words":
-            specials = [_END[0]] + [_UNKNOWN[0]] * (min_count > 1)
-            symbols = specials + [symbol for symbol in symbols if symbol not in specials]
-        return cls(units, symbols)
-
-    def tokens(self, pieces: Iterable[Sequence[str]]) -> Tensor:
-        """The tokens of all pieces, one stream, uint8 for plain bytes and else int32.
-
-        Raises:
-            ValueError: A symbol is not in the vocabulary, and there is no ``<unk>``.
-        """
-        if self.symbols == BYTES:
-            stream = bytearray("".join(pieces).encode("latin-1"))
-            return torch.frombuffer(stream, dtype=torch.uint8) if stream else torch.empty(0, dtype=torch.uint8)
-        stream = array("i")
-        for piece in pieces:
-            stream.extend(map(self._index.__getitem__, piece))
-        return torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
-
-    def encode(self, text: str) -> Tensor:
-        """Tokens (T,), int64, of a prompt; of the symbol that starts a line if it is empty."""
-        if self.units == "words":
-            lines = text.split("\n")
-            symbols = [*chain.from_iterable([*line.split(), self.end] for line in lines[:-1]), *lines[-1].split()]
-        else:
-            symbols = list(text if self.units == "characters" else _as_bytes(text.encode("utf-8", "surrogateescape")))
-        starts = self.end if self.units == "words" else "\n" if "\n" in self._index else self.symbols[0]
-        return self.tokens([symbols or [starts]]).long()
-
-    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text, a piece for each token as it comes; bytes that are no UTF-8 come as U+FFFD."""
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            symbol = self.symbols[token]
-            if self.units == "bytes":
-                yield utf8.decode(symbol.encode("latin-1"))
-            elif self.units == "characters":
-                yield symbol
-            else:
-                yield "\n" if symbol == self.end else symbol + " "
-        yield utf8.decode(b"", final=True)
-
-    def state(self) -> dict:
-        """What `Vocabulary` needs to be made again."""
-        return {"units": self.units, "symbols": self.symbols}
-
-
-class _Index(dict):
-    """Symbol to token."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        super().__init__((symbol, token) for token, symbol in enumerate(vocabulary.symbols))
-        self._kind = vocabulary.units.removesuffix("s")
-        self._unknown = next((self[x] for x in _UNKNOWN if x in self), None) if vocabulary.units == "words" else None
-
-    def __missing__(self, symbol: str) -> int:
-        if self._unknown is None:
-            shown = ord(symbol) if self._kind == "byte" else repr(symbol)
-            advice = "; give --min-count 2 or a --vocabulary with <unk>" if self._kind == "word" else ""
-            raise ValueError(f"{self._kind} {shown}: not among the {len(self)} of the vocabulary{advice}")
-        return self._unknown
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as streams of tokens, by split."""
+    """A text as streams of tokens, by split; source is the path that it came from."""
 
+    source: str | None
     vocabulary: Vocabulary
     splits: dict[str, Tensor]
 
+    @cached_property
     def fingerprint(self) -> int:
         """A number that another text hardly has."""
         value = 0
@@ -156,7 +54,7 @@ def load_corpus(
     """
     if vocabulary is not None and units not in (None, vocabulary.units):
         raise ValueError(f"--units: expected {vocabulary.units} as the vocabulary, got {units}")
-    text = _read(path, units or (vocabulary and vocabulary.units), vocabulary.end if vocabulary else _END[0])
+    text = _read(path, units or (vocabulary and vocabulary.units), vocabulary.end if vocabulary else END[0])
     if vocabulary is None:
         if text.units == "words":
             vocabulary = Vocabulary.counted("words", text.splits["train"](), min_count)
@@ -164,7 +62,9 @@ def load_corpus(
             vocabulary = Vocabulary("bytes", BYTES)
         else:
             vocabulary = Vocabulary.counted(text.units, chain.from_iterable(text.splits[x]() for x in SPLITS))
-    corpus = Corpus(vocabulary, {split: vocabulary.tokens(text.splits[split]()) for split in SPLITS})
+    corpus = Corpus(
+        path and str(path.resolve()), vocabulary, {split: vocabulary.tokens(text.splits[split]()) for split in SPLITS}
+    )
     for split, stream in corpus.splits.items():
         if not len(stream):
             raise ValueError(f"{path}: no text for {split}")
@@ -240,7 +140,7 @@ def _read_words(file: Path, end: str) -> Iterator[list[str]]:
 def _whole(sources: list[Path | None], units: str, end: str) -> list[Sequence[str]]:
     """The files one after the other, as one piece; None: the text that ships with CPython."""
     if units == "bytes":
-        return [_as_bytes(b"\n".join(read_topics().encode() if x is None else x.read_bytes() for x in sources))]
+        return [as_bytes(b"\n".join(read_topics().encode() if x is None else x.read_bytes() for x in sources))]
     text = "\n".join(read_topics() if x is None else read_text(x) for x in sources)
     if units == "characters":
         return [text]
@@ -256,6 +156,16 @@ def _lines(file: Path) -> Iterator[str]:
         raise ValueError(f"{file}: expected UTF-8, got {wrong}; --units bytes takes any file") from None
 
 
+def read_vocabulary(file: Path) -> Vocabulary:
+    """Words, the first of each line.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: It is not UTF-8, or no vocabulary.
+    """
+    return Vocabulary("words", [line.split()[0] for line in _lines(file) if line.strip()])
+
+
 def read_text(file: Path) -> str:
     """The text of a file.
 
@@ -268,10 +178,6 @@ def read_text(file: Path) -> str:
 def read_topics() -> str:
     """The documentation that CPython's help() shows, about 0.5 MB, the same for every CPython of one version."""
     return "\n".join(topics[name] for name in sorted(topics))
-
-
-def _as_bytes(data: bytes) -> str:
-    return data.decode("latin-1")
 
 
 def _hidden(path: Path) -> bool:

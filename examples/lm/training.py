@@ -1,28 +1,22 @@
-"""A training run: its step, its state, and the loop that logs, validates and saves."""
+"""A training run: its step, and the state that it can go on from."""
 
 from __future__ import annotations
 
 import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint
 from .configurations import Configuration
 from .corpus import Corpus, Segments
-from .evaluation import evaluate, mixed_precision
-from .log import Log, measure
+from .evaluation import mixed_precision
 from .ranks import Ranks
 
 
-def learning_rate(step: int, configuration: Configuration) -> float:
+def scheduled_rate(step: int, configuration: Configuration) -> float:
     """Of the step'th step, from 0: a linear rise over warmup steps, then a cosine down to min_lr."""
     c = configuration
     if step < c.warmup:
@@ -69,7 +63,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(groups, c.lr, fused=ranks.device.type == "cuda")
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=c.amp == "fp16")
         self._mems: list[list[Tensor]] = []
-        self.step, self.best = 0, math.inf
+        self.step, self.best, self.learning_rate = 0, math.inf, 0.0
         self._loss, self._loss_steps = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
 
     def advance(self) -> int:
@@ -90,8 +84,9 @@ class Training:
             self._loss += loss.detach()
         self._scaler.unscale_(self._optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.learning_rate = scheduled_rate(self.step, c)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, c)
+            group["lr"] = self.learning_rate
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
