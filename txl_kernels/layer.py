@@ -13,14 +13,24 @@ every layer. One that lets a query see its future gives what the original's rel-
 position keys of twice the width, so that D may not exceed 128. Under torch.compile and CUDA graph capture a
 tensor can't be read beforehand and is treated like that: give None for causal.
 
+The ``same_length`` of the original needs no mask: ``window=(mem_len - 1, -1)`` says the same.
+
 Legend: B batch, H heads, T segment length, M memory length, S = M + T, P rows of r, D head size, C width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from txl_kernels.functional import rel_attention
 from txl_kernels.layer_mask import visibility
+from txl_kernels.layer_steps import (
+    Positions,
+    attend,
+    heads,
+    learned_positions,
+    project_memory,
+    project_queries,
+    projected_positions,
+)
 from txl_kernels.op import autocast_enabled
 
 
@@ -84,6 +94,8 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         r_r_bias: Tensor,
         attn_mask: Tensor | None = None,
         mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attends from the segment to memory and segment.
 
@@ -95,6 +107,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
             r_r_bias: The paper's v, (H, D).
             attn_mask: None (causal), or (T, S, 1), (T, S, B) or (S, B), bool or uint8, True or 1 = hidden.
             mems: Memory (M, B, C), or None or a tensor of length 0 for M = 0.
+            window: As in `rel_attention`; with the mask, both hide.
 
         Returns:
             Hidden states (T, B, C).
@@ -109,8 +122,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
         if r.shape[0] < S:
             raise ValueError(f"r: expected P >= S = M + T = {S - w.shape[0]} + {w.shape[0]} rows, got {r.shape[0]}")
         _check_dtype(self, "r", r)
-        r = self.r_net(r).view(-1, self.n_head, self.d_head).transpose(0, 1)
-        return _attend(self, w, mems, r, r_w_bias, r_r_bias, None, attn_mask)
+        return _attend(self, w, mems, projected_positions(self, r, r_w_bias, r_r_bias, S), attn_mask, window)
 
 
 class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
@@ -128,6 +140,8 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         r_bias: Tensor,
         attn_mask: Tensor | None = None,
         mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attends from the segment to memory and segment.
 
@@ -139,6 +153,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
             r_bias: A number for each distance, (P, H), as r_emb.
             attn_mask: None (causal), or (T, S, 1), (T, S, B) or (S, B), bool or uint8, True or 1 = hidden.
             mems: Memory (M, B, C), or None or a tensor of length 0 for M = 0.
+            window: As in `rel_attention`; with the mask, both hide.
 
         Returns:
             Hidden states (T, B, C).
@@ -153,75 +168,30 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
         if r_bias.shape != (r_emb.shape[0], H):
             raise ValueError(f"r_bias: expected (P, H) = ({r_emb.shape[0]}, {H}) as r_emb, got {tuple(r_bias.shape)}")
         _check_dtype(self, "r_emb", r_emb)
-        r, r_bias = (last_rows(x, S) for x in (r_emb, r_bias))
-        return _attend(self, w, mems, r.transpose(0, 1), r_w_bias, None, r_bias.t(), attn_mask)
+        return _attend(self, w, mems, learned_positions(self, r_emb, r_w_bias, r_bias, S), attn_mask, window)
 
 
-# The rest are functions, not methods, and rely on the original's attributes only: each forward also serves as that
-# of the original class.
+# What follows, and layer_steps, are functions, not methods, and rely on the original's attributes only: each forward
+# also serves as that of the original class.
 
 
 def _attend(
     layer: nn.Module,
     w: Tensor,
     mems: Tensor | None,
-    r: Tensor,
-    content_bias: Tensor,
-    position_bias: Tensor | None,
-    r_bias: Tensor | None,
+    positions: Positions,
     attn_mask: Tensor | None,
+    window: tuple[int, int] | None,
 ) -> Tensor:
-    """From hidden states (T, B, C) to hidden states, with r (H, P, D) and r_bias (H, P) for distances S - 1 ... 0."""
-    H, D, weight = layer.n_head, layer.d_head, layer.qkv_net.weight
+    """From hidden states (T, B, C) to hidden states, projecting the memory."""
     _check_states(layer, w, mems)
     (T, B, _), S = w.shape, _kv_len(w, mems)
-    visible = visibility(attn_mask, T, S, B)
-
-    segment = layer.layer_norm(w) if layer.pre_lnorm else w
-    q, kv = layer.qkv_net(segment).split([H * D, 2 * H * D], dim=-1)
+    visible = visibility(attn_mask, T, S, B).within(window)
+    q, kv = project_queries(layer, w)
     if S > T:
-        memory = layer.layer_norm(mems) if layer.pre_lnorm else mems
-        kv = torch.cat([nn.functional.linear(memory, weight[H * D :]), kv])
-    q, k, v = (x.unflatten(-1, (H, D)).permute(1, 2, 0, 3) for x in (q, *kv.chunk(2, dim=-1)))
-    q_pos = None
-    if visible.future:
-        q_pos, r, r_bias = _wrapped(q, r[:, :S], position_bias, None if r_bias is None else r_bias[:, :S])
-        position_bias = None
-    out = rel_attention(
-        *(q, k, v, r, content_bias, position_bias),
-        is_causal=not visible.future,
-        window=visible.window,
-        attn_mask=visible.attn_mask,
-        dropout_p=layer.dropatt.p if layer.dropatt.training else 0.0,
-        scale=layer.scale,
-        q_pos=q_pos,
-        r_bias=r_bias,
-    )
-    out = w + layer.drop(layer.o_net(out.permute(2, 0, 1, 3).reshape(T, B, H * D)))
-    return out if layer.pre_lnorm else layer.layer_norm(out)
-
-
-def _wrapped(
-    q: Tensor, r: Tensor, position_bias: Tensor | None, r_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The original's position term where the future is visible, as (q_pos, r, r_bias).
-
-    Its rel-shift pads a zero in front of each row of BD and reads on from row to row: distance -1 gets that zero, and
-    farther ahead query i reads what query i + 1 has for the largest distances. So the rows for negative distances are
-    a zero and then r again, seen through a second half of the position query, which is that of query i + 1.
-    """
-    T, D = q.shape[2:]
-    q_pos = q if position_bias is None else (q + position_bias[:, None]).to(q.dtype)
-    q_pos = torch.cat([q_pos, nn.functional.pad(q_pos[:, :, 1:], (0, 0, 0, 1))], dim=-1)
-    r = torch.cat([nn.functional.pad(r, (0, D, 0, 1)), nn.functional.pad(r[:, :T], (D, 0))], dim=1)
-    if r_bias is not None:
-        r_bias = torch.cat([nn.functional.pad(r_bias, (0, 1)), r_bias[:, :T]], dim=1)
-    return q_pos, r, r_bias
-
-
-def last_rows(x: Tensor, n: int) -> Tensor:
-    """The last n rows of x, the first one repeated in front where there are fewer."""
-    return x[x.shape[0] - n :] if x.shape[0] >= n else torch.cat([x[:1].expand(n - x.shape[0], *x.shape[1:]), x])
+        kv = torch.cat([project_memory(layer, mems), kv])
+    k, v = (heads(layer, x) for x in kv.chunk(2, dim=-1))
+    return attend(layer, w, q, k, v, positions, visible)
 
 
 def _kv_len(w: Tensor, mems: Tensor | None) -> int:

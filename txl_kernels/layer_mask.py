@@ -35,6 +35,14 @@ class Visibility(NamedTuple):
     attn_mask: Tensor | None = None
     future: bool = False
 
+    def within(self, window: tuple[int, int] | None) -> "Visibility":
+        """What a window, as in `rel_attention`, leaves of it."""
+        if window is None:
+            return self
+        if self.window is not None and not 0 <= window[0] < self.window[0]:
+            window = (self.window[0], window[1])
+        return self._replace(window=window)
+
 
 # mask -> its version and the lengths it was read for, and what it says: an edit in place changes the version
 _known = WeakTensorKeyDictionary()

@@ -4,6 +4,7 @@ Class names, parameters and state_dict keys are those of the original PyTorch co
 """
 
 from txl_kernels.models.adaptive import AdaptiveEmbedding, ProjectedAdaptiveLogSoftmax
+from txl_kernels.models.cache import Cache
 from txl_kernels.models.decoder import (
     DecoderLayer,
     MultiHeadAttn,
@@ -16,6 +17,7 @@ from txl_kernels.models.language_model import MemTransformerLM
 
 __all__ = [
     "AdaptiveEmbedding",
+    "Cache",
     "DecoderLayer",
     "MemTransformerLM",
     "MultiHeadAttn",

@@ -152,19 +152,41 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         """
         if hidden.shape[:1] != target.shape:
             raise ValueError(f"target: expected ({hidden.shape[0]},) as hidden, got {tuple(target.shape)}")
-        weight, bias = self._table(0)
+        head = self._logits(0, hidden)
         if not self.n_clusters:
-            return self._losses(0, hidden, weight, bias, target)
-        weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+            return _losses(head, target)
         inner_ends = torch.tensor(self.cutoff_ends[1:-1], device=target.device)
         cluster = torch.bucketize(target, inner_ends, right=True)
-        # the head's logits of the clusters stand behind those of its tokens, the last cluster first
-        losses = self._losses(0, hidden, weight, bias, target.where(cluster == 0, weight.shape[0] - cluster))
+        losses = _losses(head, target.where(cluster == 0, head.shape[1] - cluster))
         for i in range(1, self.n_clusters + 1):
             chosen = (cluster == i).nonzero()[:, 0]
-            within = self._losses(i, hidden[chosen], *self._table(i), target[chosen] - self.cutoff_ends[i])
+            within = _losses(self._logits(i, hidden[chosen]), target[chosen] - self.cutoff_ends[i])
             losses = losses.index_add(0, chosen, within)
         return losses
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of every token, in nats.
+
+        Args:
+            hidden: Hidden states, (N, C).
+
+        Returns:
+            (N, n_token), float32 at least, minus what `forward` gives for each token as target.
+        """
+        head = self._logits(0, hidden).log_softmax(-1)
+        n = self.n_clusters
+        tails = [head[:, -i, None] + self._logits(i, hidden).log_softmax(-1) for i in range(1, n + 1)]
+        return torch.cat([head[:, : head.shape[1] - n], *tails], dim=1)
+
+    def _logits(self, cluster: int, hidden: Tensor) -> Tensor:
+        """Logits (N, tokens) of a cluster's tokens; behind those of the head, of the clusters, the last one first."""
+        weight, bias = self._table(cluster)
+        if cluster == 0 and self.n_clusters:
+            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        if self.out_projs:
+            hidden = hidden @ self.out_projs[cluster]
+        logits = nn.functional.linear(hidden, weight, bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _table(self, cluster: int) -> tuple[Tensor, Tensor]:
         """Weight (tokens, width) and bias (tokens,) of a cluster's own tokens."""
@@ -173,9 +195,6 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         tokens = slice(*self.cutoff_ends[cluster : cluster + 2])
         return self.out_layers[0].weight[tokens], self.out_layers[0].bias[tokens]
 
-    def _losses(self, cluster: int, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-        if self.out_projs:
-            hidden = hidden @ self.out_projs[cluster]
-        logits = nn.functional.linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, target, reduction="none")
+
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, target, reduction="none")

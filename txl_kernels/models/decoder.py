@@ -96,20 +96,30 @@ class MultiHeadAttn(nn.Module):
         self.layer_norm = nn.LayerNorm(d_model)
         self.scale = d_head**-0.5
 
-    def forward(self, h: Tensor, attn_mask: Tensor | None = None, mems: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        attn_mask: Tensor | None = None,
+        mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Attends from the segment to memory and segment.
 
         Args:
             h: Hidden states of the segment, (T, B, C).
             attn_mask: None (causal), or (T, S, 1), (T, S, B) or (S, B), bool or uint8, True or 1 = hidden.
             mems: Memory (M, B, C), or None or a tensor of length 0 for M = 0.
+            window: As in `rel_attention`; None with a mask.
 
         Returns:
             Hidden states (T, B, C).
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not fit, or there are a mask and a window.
         """
+        if attn_mask is not None and window is not None:
+            raise ValueError(f"window: expected None with attn_mask, got {window}")
         if h.ndim != 3 or h.shape[2] != self.d_model:
             raise ValueError(f"h: expected (T, B, d_model) with d_model = {self.d_model}, got {tuple(h.shape)}")
         T, B, C = h.shape
@@ -122,7 +132,11 @@ class MultiHeadAttn(nn.Module):
             x.unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0, 3)
             for x in (self.q_net(h), *self.kv_net(keys_from).chunk(2, dim=-1))
         )
-        if attn_mask is None:
+        if window is not None:
+            every = torch.ones(T, S, dtype=torch.bool, device=h.device)
+            visible = every.tril(S - T)
+            visible = visible.triu(S - T - window[0]) if window[0] >= 0 else visible
+        elif attn_mask is None:
             visible = causal_lower_right(T, S)
         elif attn_mask.shape not in ((T, S, 1), (T, S, B), (S, B)):
             raise ValueError(
@@ -164,9 +178,16 @@ class DecoderLayer(nn.Module):
         self.dec_attn = MultiHeadAttn(n_head, d_model, d_head, dropout, dropatt, pre_lnorm)
         self.pos_ff = PositionwiseFF(d_model, d_inner, dropout, pre_lnorm)
 
-    def forward(self, dec_inp: Tensor, dec_attn_mask: Tensor | None = None, mems: Tensor | None = None) -> Tensor:
-        """Hidden states (T, B, C) to (T, B, C); mask and memory as in `MultiHeadAttn`."""
-        return self.pos_ff(self.dec_attn(dec_inp, dec_attn_mask, mems))
+    def forward(
+        self,
+        dec_inp: Tensor,
+        dec_attn_mask: Tensor | None = None,
+        mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Hidden states (T, B, C) to (T, B, C); mask, memory and window as in `MultiHeadAttn`."""
+        return self.pos_ff(self.dec_attn(dec_inp, dec_attn_mask, mems, window=window))
 
 
 class _RelDecoderLayer(nn.Module):
@@ -206,9 +227,11 @@ class RelPartialLearnableDecoderLayer(_RelDecoderLayer):
         r_r_bias: Tensor,
         dec_attn_mask: Tensor | None = None,
         mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Hidden states (T, B, C) to (T, B, C); the rest as in `RelPartialLearnableMultiHeadAttn`."""
-        return self.pos_ff(self.dec_attn(dec_inp, r, r_w_bias, r_r_bias, dec_attn_mask, mems))
+        return self.pos_ff(self.dec_attn(dec_inp, r, r_w_bias, r_r_bias, dec_attn_mask, mems, window=window))
 
 
 class RelLearnableDecoderLayer(_RelDecoderLayer):
@@ -224,6 +247,8 @@ class RelLearnableDecoderLayer(_RelDecoderLayer):
         r_bias: Tensor,
         dec_attn_mask: Tensor | None = None,
         mems: Tensor | None = None,
+        *,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Hidden states (T, B, C) to (T, B, C); the rest as in `RelLearnableMultiHeadAttn`."""
-        return self.pos_ff(self.dec_attn(dec_inp, r_emb, r_w_bias, r_bias, dec_attn_mask, mems))
+        return self.pos_ff(self.dec_attn(dec_inp, r_emb, r_w_bias, r_bias, dec_attn_mask, mems, window=window))

@@ -4,20 +4,22 @@ Legend: B batch, H heads, T segment length, M memory length, S = M + T, D head s
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from txl_kernels.layer import last_rows
+from txl_kernels.layer_steps import last_rows
 from txl_kernels.models.adaptive import AdaptiveEmbedding, ProjectedAdaptiveLogSoftmax, init_parameters
+from txl_kernels.models.cache import Cache
 from txl_kernels.models.decoder import (
     DecoderLayer,
     PositionalEmbedding,
     RelLearnableDecoderLayer,
     RelPartialLearnableDecoderLayer,
 )
+from txl_kernels.models.validation import check_counts, check_segment
 
 
 class MemTransformerLM(nn.Module):
@@ -105,7 +107,7 @@ class MemTransformerLM(nn.Module):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
         sizes = {"n_token": n_token, "n_layer": n_layer, "n_head": n_head, "d_model": d_model}
-        _check_counts(1, sizes | {"d_head": d_head, "d_inner": d_inner, "d_embed": d_embed})
+        check_counts(1, sizes | {"d_head": d_head, "d_inner": d_inner, "d_embed": d_embed})
         if attn_type not in (0, 1, 2, 3):
             raise ValueError(f"attn_type: expected 0, 1, 2 or 3, got {attn_type}")
         if attn_type == 3 and n_head * d_head != d_model:
@@ -158,8 +160,8 @@ class MemTransformerLM(nn.Module):
         Raises:
             ValueError: tgt_len < 1, ext_len < 0 or mem_len < 0, or not an int.
         """
-        _check_counts(1, {"tgt_len": tgt_len})
-        _check_counts(0, {"ext_len": ext_len, "mem_len": mem_len})
+        check_counts(1, {"tgt_len": tgt_len})
+        check_counts(0, {"ext_len": ext_len, "mem_len": mem_len})
         self.tgt_len, self.ext_len, self.mem_len = tgt_len, ext_len, mem_len
 
     def init_mems(self) -> list[Tensor] | None:
@@ -187,16 +189,60 @@ class MemTransformerLM(nn.Module):
             ValueError: A shape or the number of mems does not fit; a token is not in the vocabulary (seen on CPU
                 only); same_length with mem_len 0, where no token would see any.
         """
-        self._check(data, target, mems)
+        check_segment(self, data, target, mems)
         hidden, new_mems = self._forward(data, list(mems) or self.init_mems())
         losses = self.crit(hidden[-target.shape[0] :].flatten(0, 1), target.flatten())
         return [losses.view(target.shape), *(new_mems or [])]
+
+    def init_cache(self, batch_size: int) -> Cache:
+        """What `losses` and `log_probs` keep from segment to segment, before the first one.
+
+        It holds keys, values and projected r of every layer in place of the hidden states that `forward` hands on,
+        so that they are projected once. The numbers are those of `forward` to rounding, in eval mode.
+
+        Args:
+            batch_size: B.
+
+        Raises:
+            ValueError: attn_type is 2 or 3, or ext_len isn't 0.
+        """
+        return Cache(self, batch_size)
+
+    @torch.no_grad()
+    def losses(self, data: Tensor, target: Tensor, cache: Cache) -> Tensor:
+        """Losses of a segment, without gradient; `forward` for evaluation.
+
+        Args:
+            data: Tokens (T, B), int64, any T.
+            target: For each of the last tokens of data, the token that follows it, (T', B) with 1 <= T' <= T, int64.
+            cache: From `init_cache`; the segment is added to it.
+
+        Returns:
+            Losses (T', B) in nats.
+
+        Raises:
+            TypeError: data or target is not int64.
+            ValueError: As `forward`; or the model is in training mode, as what is kept has no dropout; or the cache
+                was made for another model, batch size, dtype or length, or before the weights changed.
+        """
+        check_segment(self, data, target)
+        hidden = cache.extend(self, data)
+        return self.crit(hidden[-target.shape[0] :].flatten(0, 1), target.flatten()).view(target.shape)
+
+    @torch.no_grad()
+    def log_probs(self, data: Tensor, cache: Cache) -> Tensor:
+        """Log-probabilities of the token that follows the last of data, (B, n_token), without gradient.
+
+        Arguments and errors as in `losses`.
+        """
+        check_segment(self, data)
+        return self.crit.log_probs(cache.extend(self, data)[-1])
 
     def _forward(self, dec_inp: Tensor, mems: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor] | None]:
         """Hidden states (T, B, C) of the tokens (T, B), and the new memory."""
         T, M = dec_inp.shape[0], mems[0].shape[0] if mems else 0
         read = [*mems] if mems else [None] * (self.n_layer + 1)
-        mask = self._mask(T, M, dec_inp.device)
+        window = self.window
         h = self.word_emb(dec_inp)
         if self.attn_type == 2:
             read[0], h = _with_positions(self._sinusoids(M + T, h.device), read[0], h)
@@ -208,8 +254,8 @@ class MemTransformerLM(nn.Module):
                 rows = last_rows(self.r_emb[i], M + T).flatten(1)[:, None]
                 read[i], h = _with_positions(rows, read[i], h)
             hids.append(h)
-            arguments = (h, *positions[i], mask, read[i])
-            h = checkpoint(layer, *arguments, use_reentrant=False) if self.gradient_checkpointing else layer(*arguments)
+            call = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
+            h = call(h, *positions[i], mems=read[i], window=window)
         hids.append(h)
         return self.drop(h), self._update_mems(hids, read) if mems else None
 
@@ -229,13 +275,14 @@ class MemTransformerLM(nn.Module):
         distances = torch.arange(S - 1, -1, -1, device=device)
         return self.pos_emb(distances.clamp(max=self.clamp_len) if self.clamp_len > 0 else distances)
 
-    def _mask(self, T: int, M: int, device: torch.device) -> Tensor | None:
-        """None where a token sees all of its past, else the mask (T, S, 1) of ``same_length``, True = hidden."""
-        if not self.same_length or self.mem_len >= M + T:
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """What ``same_length`` leaves to a token, as in `rel_attention`; None: all of its past."""
+        if not self.same_length:
             return None
         if not self.mem_len:
             raise ValueError("mem_len: expected >= 1 with same_length, where a token sees mem_len tokens, got 0")
-        return _same_length_mask(T, M, self.mem_len, device)
+        return self.mem_len - 1, -1
 
     def _update_mems(self, hids: list[Tensor], mems: list[Tensor]) -> list[Tensor]:
         """The memory for the next segment (section 3.2), without gradient: cat(memory, states)[beg:end] per layer.
@@ -254,43 +301,8 @@ class MemTransformerLM(nn.Module):
         kept = slice(max(0, beg - M), max(0, end - M))
         return [torch.cat([m.detach()[beg:end], h.detach()[kept]]) for m, h in zip(mems, hids, strict=True)]
 
-    def _check(self, data: Tensor, target: Tensor, mems: tuple[Tensor, ...]) -> None:
-        for name, x in (("data", data), ("target", target)):
-            if x.dtype != torch.int64:
-                raise TypeError(f"{name}: expected dtype torch.int64, got {x.dtype}")
-        if data.ndim != 2 or not data.shape[0]:
-            raise ValueError(f"data: expected (T, B) with T >= 1, got {tuple(data.shape)}")
-        T, B = data.shape
-        if target.ndim != 2 or target.shape[1] != B or not 1 <= target.shape[0] <= T:
-            raise ValueError(f"target: expected (1 to {T}, {B}) as data, got {tuple(target.shape)}")
-        if mems and len(mems) != self.n_layer + 1:
-            raise ValueError(f"mems: expected n_layer + 1 = {self.n_layer + 1} tensors or none, got {len(mems)}")
-        M = mems[0].shape[0] if mems else 0
-        if any(m.shape[0] != M or (M and m.shape != (M, B, self.d_model)) for m in mems):
-            shapes = [tuple(m.shape) for m in mems]
-            raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {self.d_model}) for each, got {shapes}")
-        for name, x in (("data", data), ("target", target)):
-            # elsewhere a look at the tokens would wait for the device
-            if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-                low, high = (int(bound) for bound in x.aminmax())
-                if low < 0 or high >= self.n_token:
-                    raise ValueError(f"{name}: expected tokens in 0 ... {self.n_token - 1}, got {low} ... {high}")
-
 
 def _with_positions(rows: Tensor, memory: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tensor]:
     """Adds the rows (S, 1, C) to memory, if there is any, and hidden states."""
     M = rows.shape[0] - states.shape[0]
     return memory + rows[:M] if M else memory, states + rows[M:]
-
-
-# layers recognise a mask once per object, so it is made once
-@lru_cache(maxsize=8)
-def _same_length_mask(T: int, M: int, mem_len: int, device: torch.device) -> Tensor:
-    every = torch.ones(T, M + T, dtype=torch.bool, device=device)
-    return (every.triu(M + 1) | every.tril(M - mem_len))[:, :, None]
-
-
-def _check_counts(least: int, counts: dict[str, int]) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}: expected an int >= {least}, got {count}")

@@ -1,0 +1,43 @@
+"""Checks of the language model's arguments. Every message names the argument, what was wanted and what came."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from txl_kernels.models.language_model import MemTransformerLM
+
+
+def check_counts(least: int, counts: dict[str, int]) -> None:
+    """Raises ValueError unless all counts are ints from least on."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {count}")
+
+
+def check_segment(
+    model: "MemTransformerLM", data: Tensor, target: Tensor | None = None, mems: tuple[Tensor, ...] = ()
+) -> None:
+    """Raises TypeError or ValueError unless the arguments fit the contract of `MemTransformerLM.forward`."""
+    tokens = {"data": data} if target is None else {"data": data, "target": target}
+    for name, x in tokens.items():
+        if x.dtype != torch.int64:
+            raise TypeError(f"{name}: expected dtype torch.int64, got {x.dtype}")
+    if data.ndim != 2 or not data.shape[0]:
+        raise ValueError(f"data: expected (T, B) with T >= 1, got {tuple(data.shape)}")
+    T, B = data.shape
+    if target is not None and (target.ndim != 2 or target.shape[1] != B or not 1 <= target.shape[0] <= T):
+        raise ValueError(f"target: expected (1 to {T}, {B}) as data, got {tuple(target.shape)}")
+    if mems and len(mems) != model.n_layer + 1:
+        raise ValueError(f"mems: expected n_layer + 1 = {model.n_layer + 1} tensors or none, got {len(mems)}")
+    M = mems[0].shape[0] if mems else 0
+    if any(m.shape[0] != M or (M and m.shape != (M, B, model.d_model)) for m in mems):
+        shapes = [tuple(m.shape) for m in mems]
+        raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {model.d_model}) for each, got {shapes}")
+    for name, x in tokens.items():
+        # elsewhere a look at the tokens would wait for the device
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in x.aminmax())
+            if low < 0 or high >= model.n_token:
+                raise ValueError(f"{name}: expected tokens in 0 ... {model.n_token - 1}, got {low} ... {high}")
