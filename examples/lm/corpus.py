@@ -1,4 +1,4 @@
-"""Text as streams of tokens: any file or folder, the layouts of the original's data scripts, and batches of segments."""
+"""Text as streams of tokens: any file or folder, the layouts of the original's data scripts, and segments."""
 
 from __future__ import annotations
 

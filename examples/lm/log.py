@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,17 +26,17 @@ class Log:
     """Appends events to a file and shows them.
 
     Args:
-        path: The file; None: only show.
+        path: The file; None: none.
         steps: Of the whole run.
-        after: Step of the checkpoint that the run goes on from; what is written of later ones is removed.
-        stream: Where to show; on a terminal one line is rewritten.
+        after: Step of the checkpoint that the run goes on from; what the log has of later ones goes, as the test does.
+        stream: Where to show, on a terminal progress in one line; None: nowhere.
     """
 
     def __init__(self, path: Path | None, steps: int, after: int = 0, stream: TextIO | None = None) -> None:
-        self._steps, self._stream = steps, stream or sys.stderr
+        self._steps, self._stream = steps, stream
         self._line, self._file = "", None
         if path is not None:
-            events = [event for event in read(path) if event["step"] <= after]
+            events = [event for event in read(path) if event["step"] <= after and "test_loss" not in event]
             unfinished = path.with_name(path.name + ".unfinished")
             unfinished.write_text("".join(json.dumps(event) + "\n" for event in events))
             unfinished.replace(path)
@@ -47,7 +46,7 @@ class Log:
         """Training got here: loss, speed and so on."""
         self._write(step, values)
         done = step / self._steps
-        bar = f"[{'#' * int(20 * done):20}] " if self._stream.isatty() else ""
+        bar = f"[{'#' * int(20 * done):20}] "
         left = f"{seconds_left // 3600:.0f}:{seconds_left // 60 % 60:02.0f}:{seconds_left % 60:02.0f}"
         self._show(f"{step}/{self._steps} {bar}{_words(values)}, {left} left", stays=False)
 
@@ -66,6 +65,8 @@ class Log:
             self._file.flush()
 
     def _show(self, line: str, stays: bool = True) -> None:
+        if self._stream is None:
+            return
         if self._stream.isatty():
             print(f"\r{line:{len(self._line)}}", end="\n" if stays else "", file=self._stream, flush=True)
             self._line = "" if stays else line

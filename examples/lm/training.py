@@ -99,14 +99,15 @@ class Training:
         Raises:
             FloatingPointError: It is not finite.
         """
-        loss = self.ranks.sum(self._loss).item() / self.ranks.size / self._loss_steps
-        self._check_finite()
+        loss = self._finite_loss() / self._loss_steps
         self._loss, self._loss_steps = torch.zeros_like(self._loss), 0
         return loss
 
-    def _check_finite(self) -> None:
-        if not self.ranks.sum(self._loss).isfinite():
+    def _finite_loss(self) -> float:
+        loss = self.ranks.sum(self._loss).item() / self.ranks.size
+        if not math.isfinite(loss):
             raise FloatingPointError(f"loss: not finite by step {self.step}; lower --lr or raise --warmup")
+        return loss
 
     def described_model(self) -> dict[str, Any]:
         """What `evaluate` and `generate` need: the model, and how to make it again."""
@@ -125,7 +126,7 @@ class Training:
         Raises:
             FloatingPointError: A loss was not finite, so the state is worth nothing.
         """
-        self._check_finite()
+        self._finite_loss()
         # columns side by side again, so that a run can go on with another number of ranks or parts
         layers = [torch.cat(parts, 1) for parts in zip(*self._mems, strict=True)]
         mems = [self.ranks.gather(layer) for layer in layers]

@@ -73,14 +73,13 @@ class Vocabulary:
         return torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
 
     def encode(self, text: str) -> Tensor:
-        """Tokens (T,), int64, of a prompt; of the symbol that starts a line if it is empty."""
+        """Tokens (T,), int64, of a prompt; if it is empty, of a line break, or else of the most frequent symbol."""
         if self.units == "words":
             lines = text.split("\n")
             symbols = [*chain.from_iterable([*line.split(), self.end] for line in lines[:-1]), *lines[-1].split()]
-        else:
-            symbols = list(text if self.units == "characters" else as_bytes(text.encode("utf-8", "surrogateescape")))
-        starts = self.end if self.units == "words" else "\n" if "\n" in self._index else self.symbols[0]
-        return self.tokens([symbols or [starts]]).long()
+            return self.tokens([symbols or [self.end]]).long()
+        symbols = text if self.units == "characters" else as_bytes(text.encode("utf-8", "surrogateescape"))
+        return self.tokens([symbols or ("\n" if "\n" in self._index else self.symbols[0])]).long()
 
     def decode(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text, a piece for each token as it comes; bytes that are no UTF-8 come as U+FFFD."""
