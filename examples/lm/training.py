@@ -56,7 +56,7 @@ class Training:
             self.model.compile()
         self._parallel: nn.Module = self.model
         if ranks.size > 1:
-            self._parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(self.model)
         matrices = [x for name, x in self.model.named_parameters() if x.ndim > 1 and not name.endswith("bias")]
         others = [x for name, x in self.model.named_parameters() if x.ndim == 1 or name.endswith("bias")]
         groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
