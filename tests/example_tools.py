@@ -10,6 +10,7 @@ import language_model
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "language_model.py"
+SLOW_PROGRAM = ROOT / "tests" / "slow_language_model.py"
 TEXT = "\n".join(f"{n} times {n} is {n * n}, and {n} and {n} are {2 * n}." for n in range(400))
 SIZES = "--n-layer 2 --n-head 2 --d-model 12 --d-head 5 --d-inner 17 --tgt-len 8 --mem-len 9 --batch 4"
 SCHEDULE = "--steps 24 --lr 0.01 --warmup 3 --log-every 5 --valid-every 8 --save-every 6"
@@ -22,8 +23,8 @@ def program(*arguments):
     return language_model.main([str(argument) for argument in arguments])
 
 
-def start(*arguments, launcher=(), **options):
+def start(*arguments, launcher=(), file=PROGRAM, **options):
     """The program in a process of its own, with one thread."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, PROGRAM, *map(str, arguments)]
+    command = [sys.executable, *launcher, file, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, text=True, **options)

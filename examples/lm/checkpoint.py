@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,14 @@ def load(path: Path) -> dict[str, Any]:
         OSError: There is no such file, or it can't be read.
         ValueError: The file is cut off, damaged or something else.
     """
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(
-            f"{path}: expected a checkpoint, got a file that is cut off, damaged or another ({reason})"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of about every kind, by where the damage is
+            reason = str(error).split("\n")[0][:200]
+            raise ValueError(
+                f"{path}: expected a checkpoint, got a file that is cut off or damaged ({reason})"
+            ) from error
     if not isinstance(contents, dict) or "configuration" not in contents:
         raise ValueError(f"{path}: expected a checkpoint of this program, got something else")
     return contents

@@ -53,6 +53,11 @@ class Ranks:
         self.any(False)
 
 
+# The last to let go of a process group must be its Python object, which releases the GIL while the group's threads end.
+# DDP's C++ part doesn't, so where it is the last one, torch 2.13 sometimes hangs.
+_groups: list[dist.ProcessGroup] = []
+
+
 @contextmanager
 def started(device: str | None) -> Iterator[Ranks]:
     """Joins the processes that ``torchrun`` started, if it did.
@@ -73,6 +78,7 @@ def started(device: str | None) -> Iterator[Ranks]:
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo")
+    _groups.append(dist.group.WORLD)
     try:
         yield Ranks(kind, dist.get_rank(), dist.get_world_size())
     finally:
