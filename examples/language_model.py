@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm import checkpoint, log, loop
 from lm.configurations import CONFIGURATIONS, FIELDS, Configuration
 from lm.corpus import Corpus, load_corpus, read_text, read_vocabulary
@@ -58,6 +59,8 @@ def _train(options: dict[str, Any]) -> int:
         training = Training(configuration, corpus, ranks, options["compile"])
         if state is not None:
             training.restore(state)
+        if ranks.any(ranks.sum(torch.tensor(training.step)) != training.step * ranks.size):
+            raise ValueError(f"{run}: expected the same checkpoint on every machine; is it on a shared disk?")
         run.mkdir(parents=True, exist_ok=True)
         progress = log.Log(
             run / log.NAME if ranks.first else None,

@@ -398,6 +398,8 @@ def test_curves_are_drawn(straight, one_process, tmp_path, monkeypatch, capsys):
             r"--batch: expected a multiple of 2 (processes times --accumulate), got 5",
         ),
         (["--batch", "9000"], "text: expected at least 2 tokens for each of 9000 streams"),
+        (["--eval-batch", "900"], "text: expected at least 2 tokens for each of 900 streams"),
+        (["--eval-mem-len", "0"], "--eval-mem-len: expected >= 1, got 0"),
         (["--warmup", "24"], "--warmup: expected 0 to steps - 1 = 23, got 24"),
         (["--dropout", "1"], "--dropout: expected 0 <= p < 1, got 1.0"),
         (["--lr", "1e-3", "--min-lr", "1"], "--lr: expected >= min_lr >= 0, here 1.0, got 0.001"),

@@ -71,9 +71,14 @@ class Configuration:
         return MemTransformerLM(
             n_token,
             *(self.n_layer, self.n_head, self.d_model, self.d_head, self.d_inner, self.dropout, self.dropatt),
-            **{"tgt_len": self.tgt_len, "mem_len": self.mem_len, "ext_len": 0},
-            **{"attn_type": self.attn_type, "clamp_len": self.clamp_len},
-            **{"cutoffs": cutoffs, "div_val": self.div_val, "tie_projs": [False] + [self.tie_projs] * len(cutoffs)},
+            div_val=self.div_val,
+            tie_projs=[False] + [self.tie_projs] * len(cutoffs),
+            tgt_len=self.tgt_len,
+            ext_len=0,
+            mem_len=self.mem_len,
+            cutoffs=cutoffs,
+            attn_type=self.attn_type,
+            clamp_len=self.clamp_len,
             gradient_checkpointing=self.gradient_checkpointing,
         )
 
@@ -92,10 +97,11 @@ class Configuration:
         return replace(self, **given)
 
     def __post_init__(self) -> None:
-        for name in ("tgt_len", "batch", "steps", "accumulate", "log_every", "valid_every", "save_every"):
+        training = ("batch", "steps", "accumulate", "log_every", "valid_every", "save_every")
+        for name in (*training, "eval_tgt_len", "eval_batch"):
             _check(name, getattr(self, name) >= 1, ">= 1", getattr(self, name))
-        for name in ("eval_tgt_len", "eval_batch"):
-            _check(name, getattr(self, name) >= 1, ">= 1", getattr(self, name))
+        least = int(self.eval_same_length)
+        _check("eval_mem_len", self.eval_mem_len >= least, f">= {least}", self.eval_mem_len)
         _check("warmup", 0 <= self.warmup < self.steps, f"0 to steps - 1 = {self.steps - 1}", self.warmup)
         _check("lr", 0 <= self.min_lr <= self.lr, f">= min_lr >= 0, here {self.min_lr}", self.lr)
         _check("clip", self.clip > 0, "> 0", self.clip)
@@ -128,11 +134,16 @@ _LARGE = {"dropout": 0.15, "dropatt": 0.15, "warmup": 4_000}
 # Those of the original: pytorch/run_*.sh of kimiyoung/transformer-xl; text8-large from its TensorFlow script.
 CONFIGURATIONS: dict[str, Configuration] = {
     "small": _named(
-        (4, 4, 192, 48, 768),
-        (128, 128, 16, 2_500),
+        (4, 4, 160, 40, 640),
+        (128, 128, 8, 3_500),
         (128, 256, 192),
-        **{"lr": 2e-3, "min_lr": 2e-5, "warmup": 200, "cutoffs": _WT103["cutoffs"], "tie_projs": True},
-        **{"log_every": 20, "valid_every": 250, "save_every": 250},
+        **_WT103,
+        lr=2e-3,
+        min_lr=2e-5,
+        warmup=200,
+        log_every=25,
+        valid_every=250,
+        save_every=250,
     ),
     "enwik8-base": _named((12, 8, 512, 64, 2048), (512, 512, 22, 400_000), (80, 2100, 820)),
     "enwik8-large": _named((24, 8, 1024, 128, 3072), (768, 768, 64, 400_000), (128, 3800, 1000), **_LARGE),
@@ -143,18 +154,29 @@ CONFIGURATIONS: dict[str, Configuration] = {
         (18, 16, 1024, 64, 4096),
         (384, 384, 128, 4_000_000),
         (128, 1600, 1000),
-        **{"dropout": 0.2, "dropatt": 0.2, "warmup": 16_000, "div_val": 4, **_WT103},
+        **_WT103,
+        dropout=0.2,
+        dropatt=0.2,
+        warmup=16_000,
+        div_val=4,
     ),
     "lm1b-base": _named(
         (18, 8, 1024, 128, 4096),
         (32, 32, 224, 500_000),
         (32, 128, -1),
-        **{"dropout": 0.0, "warmup": 20_000, "eval_batch": 64, **_LM1B},
+        **_LM1B,
+        dropout=0.0,
+        warmup=20_000,
+        eval_batch=64,
     ),
     "lm1b-large": _named(
         (24, 16, 1280, 80, 8192),
         (32, 32, 512, 1_200_000),
         (32, 128, -1),
-        **{"dropout": 0.05, "dropatt": 0.05, "warmup": 30_000, "eval_batch": 8, **_LM1B},
+        **_LM1B,
+        dropout=0.05,
+        dropatt=0.05,
+        warmup=30_000,
+        eval_batch=8,
     ),
 }

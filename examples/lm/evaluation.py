@@ -37,10 +37,8 @@ def evaluating(model: MemTransformerLM, configuration: Configuration) -> Iterato
         model.train(training)
 
 
-def evaluate(model: MemTransformerLM, stream: Tensor, configuration: Configuration, ranks: Ranks) -> tuple[float, int]:
-    """Mean loss in nats and number of tokens that it is taken over; ranks share the work.
-
-    As in the original, the text is cut into eval_batch parallel streams, whose first tokens see no others.
+def evaluation_segments(stream: Tensor, configuration: Configuration, ranks: Ranks) -> Segments:
+    """This rank's part of a text to evaluate.
 
     Raises:
         ValueError: The stream is too short, or there are fewer parallel streams than ranks.
@@ -48,7 +46,18 @@ def evaluate(model: MemTransformerLM, stream: Tensor, configuration: Configurati
     batch = configuration.eval_batch
     if batch < ranks.size:
         raise ValueError(f"--eval-batch: expected at least {ranks.size}, one a process, got {batch}")
-    segments = Segments(stream, batch, configuration.eval_tgt_len, ranks.columns(batch))
+    return Segments(stream, batch, configuration.eval_tgt_len, ranks.columns(batch))
+
+
+def evaluate(model: MemTransformerLM, stream: Tensor, configuration: Configuration, ranks: Ranks) -> tuple[float, int]:
+    """Mean loss in nats and number of tokens that it is taken over; ranks share the work.
+
+    As in the original, the text is cut into eval_batch parallel streams, whose first tokens see no others.
+
+    Raises:
+        ValueError: As `evaluation_segments`.
+    """
+    segments = evaluation_segments(stream, configuration, ranks)
     total = torch.zeros(2, dtype=torch.float64)
     with evaluating(model, configuration), mixed_precision(configuration.amp, ranks.device), torch.no_grad():
         losses = _reader(model, segments.rows.shape[0])

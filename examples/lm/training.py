@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .configurations import Configuration
 from .corpus import Corpus, Segments
-from .evaluation import mixed_precision
+from .evaluation import evaluation_segments, mixed_precision
 from .ranks import Ranks
 
 
@@ -49,6 +49,8 @@ class Training:
             raise ValueError(f"--batch: expected {wanted}, got {c.batch}")
         self.configuration, self.corpus, self.ranks = c, corpus, ranks
         self.segments = Segments(corpus.splits["train"], c.batch, c.tgt_len, ranks.columns(c.batch))
+        for split in ("valid", "test"):  # what does not fit is better known now than at the first validation
+            evaluation_segments(corpus.splits[split], c, ranks)
         torch.manual_seed(c.seed)
         self.model = c.build(len(corpus.vocabulary)).to(ranks.device)
         torch.manual_seed(c.seed + 1 + ranks.rank)  # each rank drops other values
