@@ -103,6 +103,21 @@ def bfloat16_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def kept_projections_table(results: list[Result]) -> str:
+    """A Markdown table of the attention layer with a kept memory against one that is projected again."""
+    lines = [
+        "| layer with its memory's projections kept | B, H x D, T + M | ms | projected again ms | original ms | "
+        "speed-up over projected again | over original |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for x in results:
+        cells = [x["kept_projections"], "{B}, {H} x {D}, {T} + {M}".format(**x["sizes"])]
+        cells += [f"{x['seconds'][side] * 1e3:.3g}" for side in ("ours", "projected again", "original")]
+        cells += [f"{x['ratio'][side]:.2f}x" for side in ("projected again", "original")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def training_sentence(x: Result) -> str:
     """What the language model's training gave."""
     sizes = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, T = M = {segment}, batch {batch}"
@@ -135,6 +150,8 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
         parts.append(hidden_keys_table(hidden))
     if half := [x for x in results if "bfloat16" in x]:
         parts.append(bfloat16_table(half))
+    if kept := [x for x in results if "kept_projections" in x]:
+        parts.append(kept_projections_table(kept))
     parts += report_peers.sections(results, figure)
     parts += [training_sentence(x) for x in results if "text" in x]
     return "\n\n".join(parts)

@@ -121,7 +121,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
             raise ValueError(f"r: expected (P, 1, d_model) or (P, d_model), d_model = {C}, got {tuple(r.shape)}")
         if r.shape[0] < S:
             raise ValueError(f"r: expected P >= S = M + T = {S - w.shape[0]} + {w.shape[0]} rows, got {r.shape[0]}")
-        _check_dtype(self, "r", r)
+        check_dtype(self, "r", r)
         return _attend(self, w, mems, projected_positions(self, r, r_w_bias, r_r_bias, S), attn_mask, window)
 
 
@@ -167,7 +167,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
             raise ValueError(f"r_emb: expected (P, H, D) = (P, {H}, {D}) with P >= 1, got {tuple(r_emb.shape)}")
         if r_bias.shape != (r_emb.shape[0], H):
             raise ValueError(f"r_bias: expected (P, H) = ({r_emb.shape[0]}, {H}) as r_emb, got {tuple(r_bias.shape)}")
-        _check_dtype(self, "r_emb", r_emb)
+        check_dtype(self, "r_emb", r_emb)
         return _attend(self, w, mems, learned_positions(self, r_emb, r_w_bias, r_bias, S), attn_mask, window)
 
 
@@ -202,14 +202,15 @@ def _check_states(layer: nn.Module, w: Tensor, mems: Tensor | None) -> None:
     C = layer.qkv_net.weight.shape[1]
     if w.ndim != 3 or w.shape[2] != C:
         raise ValueError(f"w: expected (T, B, d_model) with d_model = {C}, got {tuple(w.shape)}")
-    _check_dtype(layer, "w", w)
+    check_dtype(layer, "w", w)
     if mems is not None and mems.shape[0]:
         if mems.shape[1:] != w.shape[1:]:
             raise ValueError(f"mems: expected (M, B, d_model) = (M, {w.shape[1]}, {C}) as w, got {tuple(mems.shape)}")
-        _check_dtype(layer, "mems", mems)
+        check_dtype(layer, "mems", mems)
 
 
-def _check_dtype(layer: nn.Module, name: str, x: Tensor) -> None:
+def check_dtype(layer: nn.Module, name: str, x: Tensor) -> None:
+    """Raises TypeError unless x has the dtype of the parameters, or autocast will give it one."""
     dtype = layer.qkv_net.weight.dtype
     if x.dtype != dtype and not autocast_enabled(x):
         raise TypeError(f"{name}: expected dtype {dtype} (as the parameters), got {x.dtype}")

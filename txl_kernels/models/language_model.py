@@ -19,7 +19,7 @@ from txl_kernels.models.decoder import (
     RelLearnableDecoderLayer,
     RelPartialLearnableDecoderLayer,
 )
-from txl_kernels.models.validation import check_counts, check_segment
+from txl_kernels.models.validation import check_counts, check_mems, check_segment
 
 
 class MemTransformerLM(nn.Module):
@@ -194,7 +194,8 @@ class MemTransformerLM(nn.Module):
         losses = self.crit(hidden[-target.shape[0] :].flatten(0, 1), target.flatten())
         return [losses.view(target.shape), *(new_mems or [])]
 
-    def init_cache(self, batch_size: int) -> Cache:
+    @torch.no_grad()
+    def init_cache(self, batch_size: int, *mems: Tensor) -> Cache:
         """What `losses` and `log_probs` keep from segment to segment, before the first one.
 
         It holds keys, values and projected r of every layer in place of the hidden states that `forward` hands on,
@@ -202,11 +203,14 @@ class MemTransformerLM(nn.Module):
 
         Args:
             batch_size: B.
+            mems: Memory to start with, as `forward` returned it, M <= mem_len. None at all: that of `init_mems`.
 
         Raises:
-            ValueError: attn_type is 2 or 3, or ext_len isn't 0.
+            ValueError: attn_type is 2 or 3, ext_len isn't 0, the model is in training mode (what is kept has no
+                dropout), or mems do not fit.
         """
-        return Cache(self, batch_size)
+        check_mems(self, mems, batch_size, at_most=self.mem_len)
+        return Cache(self, batch_size, mems or self.init_mems() or ())
 
     @torch.no_grad()
     def losses(self, data: Tensor, target: Tensor, cache: Cache) -> Tensor:
@@ -222,8 +226,8 @@ class MemTransformerLM(nn.Module):
 
         Raises:
             TypeError: data or target is not int64.
-            ValueError: As `forward`; or the model is in training mode, as what is kept has no dropout; or the cache
-                was made for another model, batch size, dtype or length, or before the weights changed.
+            ValueError: As `forward`; or the model is in training mode; or the cache was made for another model, batch
+                size, dtype or length, or before the weights changed.
         """
         check_segment(self, data, target)
         hidden = cache.extend(self, data)

@@ -29,15 +29,22 @@ def check_segment(
     T, B = data.shape
     if target is not None and (target.ndim != 2 or target.shape[1] != B or not 1 <= target.shape[0] <= T):
         raise ValueError(f"target: expected (1 to {T}, {B}) as data, got {tuple(target.shape)}")
-    if mems and len(mems) != model.n_layer + 1:
-        raise ValueError(f"mems: expected n_layer + 1 = {model.n_layer + 1} tensors or none, got {len(mems)}")
-    M = mems[0].shape[0] if mems else 0
-    if any(m.shape[0] != M or (M and m.shape != (M, B, model.d_model)) for m in mems):
-        shapes = [tuple(m.shape) for m in mems]
-        raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {model.d_model}) for each, got {shapes}")
+    check_mems(model, mems, B)
     for name, x in tokens.items():
         # elsewhere a look at the tokens would wait for the device
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in x.aminmax())
             if low < 0 or high >= model.n_token:
                 raise ValueError(f"{name}: expected tokens in 0 ... {model.n_token - 1}, got {low} ... {high}")
+
+
+def check_mems(model: "MemTransformerLM", mems: tuple[Tensor, ...], B: int, at_most: int | None = None) -> None:
+    """Raises ValueError unless mems are none or what `MemTransformerLM.forward` returns, M <= at_most."""
+    if mems and len(mems) != model.n_layer + 1:
+        raise ValueError(f"mems: expected n_layer + 1 = {model.n_layer + 1} tensors or none, got {len(mems)}")
+    M = mems[0].shape[0] if mems else 0
+    if any(m.shape[0] != M or (M and m.shape != (M, B, model.d_model)) for m in mems):
+        shapes = [tuple(m.shape) for m in mems]
+        raise ValueError(f"mems: expected (M, B, d_model) = (M, {B}, {model.d_model}) for each, got {shapes}")
+    if at_most is not None and at_most < M:
+        raise ValueError(f"mems: expected M <= mem_len = {at_most}, got M = {M}")
