@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lm import checkpoint, log, loop
-from lm.configurations import CONFIGURATIONS, FIELDS, Configuration
+from lm.configurations import AMP, CONFIGURATIONS, FIELDS, Configuration
 from lm.corpus import Corpus, load_corpus, read_text, read_vocabulary
 from lm.evaluation import evaluate, evaluating
 from lm.generation import generate
@@ -86,16 +86,14 @@ def _configuration(options: dict[str, Any], state: dict[str, Any] | None) -> Con
 
 
 def _corpus(options: dict[str, Any], saved: dict[str, Any] | None) -> Corpus:
-    """The text that the options name, or that of the checkpoint, in the vocabulary of the checkpoint."""
-    path, units = options["data"], options.get("units")
-    vocabulary, min_count = options.get("vocabulary"), options.get("min_count")
-    if vocabulary is not None:
-        vocabulary = read_vocabulary(vocabulary)
-    elif saved is not None and min_count is None:
-        vocabulary = Vocabulary(**saved["vocabulary"])
+    """The text that the options name, or that of the checkpoint, by default in the vocabulary of the checkpoint."""
+    path, file, min_count = options["data"], options.get("vocabulary"), options.get("min_count")
     if saved is not None and path is None and saved["source"] is not None:
         path = Path(saved["source"])
-    return load_corpus(path, units, vocabulary, min_count or 1)
+    vocabulary = read_vocabulary(file) if file else None
+    if saved is not None and file is None and min_count is None:
+        vocabulary = Vocabulary(**saved["vocabulary"])
+    return load_corpus(path, options.get("units"), vocabulary, min_count or 1)
 
 
 def _summary(training: Training, resumed: bool) -> str:
@@ -159,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model", description="Trains a model on a text.")
     train.set_defaults(command=_train)
     train.add_argument("run", type=Path, metavar="RUN", help="folder of checkpoints and log")
-    _add_data(train)
+    _add_text(train)
     train.add_argument(
         "--configuration",
         choices=CONFIGURATIONS,
@@ -174,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("evaluate", help="loss of a text", description="Loss of a text under a model.")
     evaluation.set_defaults(command=_evaluate)
     _add_model(evaluation)
-    _add_data(evaluation)
+    evaluation.add_argument("--data", type=Path, metavar="TEXT", help="as train takes it; default: that of RUN")
     evaluation.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     _add_fields(evaluation, "evaluation", "amp")
 
@@ -207,54 +205,40 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU for each process if there is one")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_text(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     group.add_argument(
         "--data",
         type=Path,
         metavar="TEXT",
-        help="a file or a folder, also of enwik8, text8 or WikiText-103; default: that of RUN, for a new run the "
-        "documentation that ships with CPython",
+        help="a file or a folder, also of enwik8, text8 or WikiText-103; default: the documentation of CPython",
     )
-    group.add_argument("--units", choices=UNITS, default=argparse.SUPPRESS, help="what a token is; default: bytes")
-    group.add_argument(
-        "--vocabulary",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="the words, one a line; implies words",
-    )
-    group.add_argument(
-        "--min-count",
-        type=_count,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="words that training has less often become <unk>; default: 1",
-    )
+    group.add_argument("--units", choices=UNITS, help="what a token is; default: what TEXT is known for, or bytes")
+    group.add_argument("--vocabulary", type=Path, metavar="FILE", help="the words, one a line; implies words")
+    group.add_argument("--min-count", type=_count, metavar="N", help="rarer words of the training text become <unk>")
 
 
 def _add_fields(parser: argparse.ArgumentParser, *groups: str) -> None:
-    """Options for the fields of `Configuration` that are in a group, or have the name of it."""
+    """Options for the fields of `Configuration` that are in a group, or have its name; absent where not given."""
     for name in groups:
         group = parser.add_argument_group(name if name not in FIELDS else "precision")
         for field in FIELDS.values():
-            if name not in (field.name, field.metadata["group"]):
-                continue
-            kind = {"int": int, "float": float, "str": str}.get(str(field.type))
-            how = (
-                {"type": kind, "choices": field.metadata["choices"]}
-                if kind
-                else {"action": argparse.BooleanOptionalAction}
-            )
-            if field.name == "cutoffs":
-                how = {"type": _cutoffs, "metavar": "N,N,..."}
-            metavar = {"metavar": "N" if kind is int else "X"} if kind in (int, float) else {}
-            option = f"--{field.name.replace('_', '-')}"
-            group.add_argument(option, default=argparse.SUPPRESS, help=field.metadata["help"], **how, **metavar)
+            if name in (field.name, field.metadata["group"]):
+                option, kind = f"--{field.name.replace('_', '-')}", _KINDS[str(field.type)]
+                group.add_argument(option, default=argparse.SUPPRESS, help=field.metadata["help"], **kind)
 
 
 def _cutoffs(text: str) -> tuple[int, ...]:
     return tuple(int(cutoff) for cutoff in text.split(",") if cutoff)
+
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "int": {"type": int, "metavar": "N"},
+    "float": {"type": float, "metavar": "X"},
+    "bool": {"action": argparse.BooleanOptionalAction},
+    "str": {"choices": AMP},
+    "tuple[int, ...]": {"type": _cutoffs, "metavar": "N,N,..."},
+}
 
 
 def _count(text: str) -> int:

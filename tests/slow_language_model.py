@@ -13,7 +13,7 @@ advance = Training.advance
 
 
 def advance_slowly(training):
-    time.sleep(0.05)
+    time.sleep(0.1)
     return advance(training)
 
 

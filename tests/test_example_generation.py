@@ -1,5 +1,6 @@
 """The example's generation: what is drawn from, what is drawn, and how it comes out."""
 
+import os
 import subprocess
 
 import pytest
@@ -151,7 +152,7 @@ def test_text_comes_as_it_is_made(run):
     """The first bytes are there long before the last; a reader that goes away is no error."""
     options = ["--tokens", "1000000", "--device", "cpu", "--prompt", "x"]
     process = start("generate", run, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert len(process.stdout.read(20)) == 20
+    assert 0 < len(os.read(process.stdout.fileno(), 1 << 20)) < 4096  # less than a pipe is given at once otherwise
     assert process.poll() is None
     process.stdout.close()
     assert process.wait(60) == 0

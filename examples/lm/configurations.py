@@ -11,9 +11,9 @@ from txl_kernels.models import MemTransformerLM
 AMP = ("off", "bf16", "fp16")
 
 
-def _option(group: str, help: str, default: Any = MISSING, fixed: bool = False, choices: tuple | None = None) -> Any:
+def _option(group: str, help: str, default: Any = MISSING, fixed: bool = False) -> Any:
     """A field that is also an option of the command line; a run can't change fixed ones when it resumes."""
-    metadata = {"group": group, "help": help, "fixed": fixed, "choices": choices}
+    metadata = {"group": group, "help": help, "fixed": fixed}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -50,7 +50,7 @@ class Configuration:
     clip: float = _option("training", "largest norm of the gradient", 0.25)
     weight_decay: float = _option("training", "decoupled weight decay of matrices (AdamW); 0: Adam", 0.0)
     accumulate: int = _option("training", "parts of the batch, computed one after the other to save memory", 1)
-    amp: str = _option("training", "mixed precision", "off", choices=AMP)
+    amp: str = _option("training", "mixed precision: bf16, or fp16 with a scaled loss", "off")
     seed: int = _option("training", "of parameters and dropout", 1111, fixed=True)
     log_every: int = _option("training", "steps between two lines of the log", 200)
     valid_every: int = _option("training", "steps between two validations", 4000)
