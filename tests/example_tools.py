@@ -25,6 +25,6 @@ def program(*arguments):
 
 def start(*arguments, launcher=(), file=PROGRAM, **options):
     """The program in a process of its own, with one thread."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     command = [sys.executable, *launcher, file, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, text=True, **options)

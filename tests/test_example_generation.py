@@ -56,8 +56,9 @@ def model():
     model = MemTransformerLM(
         29, 2, 2, 12, 5, 17, 0.1, 0.1, tgt_len=5, mem_len=7, ext_len=0, cutoffs=[8, 19], same_length=True
     )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+    for name, parameter in model.named_parameters():  # so that what was read decides what is written
+        if "layer_norm" not in name and not name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.double().eval()
 
 
@@ -84,9 +85,9 @@ def test_greedy_is_the_argmax_of_forward(model, length):
 def test_draws_follow_the_distribution(model):
     """500 seeds, one draw each; bounds of 5 standard deviations."""
     prompt = torch.tensor([3, 1, 4])
-    wanted = distribution(log_probs_by_forward(model, prompt.tolist()), 0.8, 12, 0.9)
+    wanted = distribution(log_probs_by_forward(model, prompt.tolist()), 2.0, 12, 0.9)
     draws = torch.tensor(
-        [next(generate(model, prompt, temperature=0.8, top_k=12, top_p=0.9, seed=s)) for s in range(500)]
+        [next(generate(model, prompt, temperature=2.0, top_k=12, top_p=0.9, seed=s)) for s in range(500)]
     )
     share = draws.bincount(minlength=29) / 500
     assert ((share - wanted).abs() <= 5 * (wanted * (1 - wanted) / 500).sqrt()).all()
