@@ -161,12 +161,14 @@ def test_text_comes_as_it_is_made(run):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("units", ["characters", "words"])
+MIN_COUNT = {"characters": [], "words": ["--min-count", "2"]}
+
+
+@pytest.mark.parametrize("units", MIN_COUNT)
 def test_other_units(tmp_path, units, capsys):
     (tmp_path / "text").write_text(TEXT)
     assert (
-        program("train", tmp_path / "run", "--data", tmp_path / "text", "--units", units, "--min-count", "2", *TINY)
-        == 0
+        program("train", tmp_path / "run", "--data", tmp_path / "text", "--units", units, *MIN_COUNT[units], *TINY) == 0
     )
     capsys.readouterr()
     assert program("generate", tmp_path / "run", "--prompt", "3 times 4", "--tokens", "10") == 0

@@ -91,6 +91,8 @@ def model_path(path: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
+    if os.name != "posix":  # a folder can't be opened there
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -57,6 +57,8 @@ def load_corpus(
     if vocabulary is not None and units not in (None, vocabulary.units):
         raise ValueError(f"--units: expected {vocabulary.units} as the vocabulary, got {units}")
     text = _read(path, units or (vocabulary and vocabulary.units), vocabulary.end if vocabulary else END[0])
+    if min_count > 1 and (text.units != "words" or vocabulary is not None):
+        raise ValueError(f"--min-count: expected words without --vocabulary, got {text.units} and {min_count}")
     if vocabulary is None:
         if text.units == "words":
             vocabulary = Vocabulary.counted("words", text.splits["train"](), min_count)

@@ -159,7 +159,8 @@ class Training:
         c, ranks, device = self.configuration, self.ranks, self.ranks.device
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run was in fp16
+            self._scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
         layers = [layer[:, ranks.columns(c.batch)].to(device) for layer in state["mems"]]
         parts = zip(*(layer.chunk(c.accumulate, 1) for layer in layers), strict=True)
