@@ -76,6 +76,19 @@ def test_weight_decay_spares_biases(corpus):
     assert not any("bias" in names[id(x)] or "norm" in names[id(x)] for x in decayed)
 
 
+def test_a_state_is_the_whole_of_a_run(corpus):
+    """In the middle of a text and of an interval of the log, with dropout: the same losses, best included."""
+    one, other = (Training(_tiny(batch=4, tgt_len=8, accumulate=2), corpus, CPU) for _ in range(2))
+    for _ in range(5):
+        one.advance()
+    one.best = 1.5
+    state = one.state()
+    wanted = [one.advance() and one.take_loss() for _ in range(3)]
+    other.restore(state)
+    assert (other.step, other.best) == (5, 1.5)
+    assert [other.advance() and other.take_loss() for _ in range(3)] == wanted
+
+
 # Configurations
 
 
