@@ -1,5 +1,6 @@
 """The example's training step, schedule, configurations, evaluation and progress, against plain definitions."""
 
+import copy
 import math
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_state_is_the_whole_of_a_run(corpus):
     for _ in range(5):
         one.advance()
     one.best = 1.5
-    state = one.state()
+    state = copy.deepcopy(one.state())
     wanted = [one.advance() and one.take_loss() for _ in range(3)]
     other.restore(state)
     assert (other.step, other.best) == (5, 1.5)

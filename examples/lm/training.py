@@ -125,6 +125,8 @@ class Training:
     def state(self) -> dict[str, Any] | None:
         """Everything that the next step depends on, on the first rank; None on the others, which take part.
 
+        The tensors are those in use: write them before the next step.
+
         Raises:
             FloatingPointError: A loss was not finite, so the state is worth nothing.
         """
