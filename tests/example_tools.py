@@ -1,7 +1,9 @@
 """What the tests of examples/language_model.py share: a run that takes a second, in this process or another."""
 
+import atexit
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,4 +29,12 @@ def start(*arguments, launcher=(), file=PROGRAM, **options):
     """The program in a process of its own, with one thread."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     command = [sys.executable, *launcher, file, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, text=True, **options)
+    process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **options)
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process):
+    """Leaves nothing running behind a failed test."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
