@@ -10,12 +10,15 @@ from txl_kernels import rel_attention
 
 B, H, T, M, D = 2, 3, 5, 4, 8
 S = M + T
-SECTION = (
-    (Path(__file__).parent.parent / "README.md").read_text().split("## How the arguments map")[1].split("\n## ")[0]
-)
-SNIPPETS = dict(
-    zip(("Transformer-XL", "XLNet", "Conformer"), re.findall(r"```python\n(.*?)```", SECTION, re.S), strict=True)
-)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def snippets(section):
+    """The Python of a section, in order."""
+    return re.findall(r"```python\n(.*?)```", README.split(f"## {section}\n")[1].split("\n## ")[0], re.S)
+
+
+SNIPPETS = dict(zip(("Transformer-XL", "XLNet", "Conformer"), snippets("How the arguments map"), strict=True))
 
 
 def draw(*shape):
@@ -84,3 +87,14 @@ def test_conformer():
     score = (torch.einsum("bihd,bjhd->bhij", q + u, k) + bd) / D**0.5
     score = score.masked_fill((torch.arange(T) >= lengths[:, None])[:, None, None], -torch.inf)
     torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bhid", score.softmax(-1), v))
+
+
+def test_language_model():
+    tokens = torch.randint(256, (3 * 128 + 1, 1))
+    segments = [(tokens[i : i + 128], tokens[i + 1 : i + 129]) for i in range(0, 384, 128)]
+    variables = {"segments": segments, "prompt": tokens[:130]}
+    exec(snippets("The whole Transformer-XL")[0], variables)
+    assert variables["losses"].shape == (129, 1)
+    wanted, *_ = variables["model"](tokens[:130], tokens[1:131])
+    picked = variables["log_probs"][0, tokens[130, 0]]
+    torch.testing.assert_close(-picked, wanted[-1, 0].detach())
