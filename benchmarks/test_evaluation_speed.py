@@ -5,12 +5,15 @@ tokens, but runs over all of them again for each token that it predicts ("vanill
 and batch; the segments of "ours" are what it evaluates at a time. "projected again" is our model without a `Cache`.
 """
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.measure import CLOCK, Comparison, Stopwatch, rounds_within
+from benchmarks.measure import CLOCK, Comparison, Stopwatch, rounds_within, with_larger_weights
 from tests.accuracy import OUTPUT_FACTOR, assert_close_to_truth
-from txl_kernels.models import MemTransformerLM
+from txl_kernels.models import Cache, MemTransformerLM
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.now)
 
@@ -36,22 +39,25 @@ def test_evaluation_speed(benchmark, settings, record, length):
         made = MemTransformerLM(
             N_TOKEN, *sizes.values(), dropout=0.0, dropatt=0.0, attn_type=attn_type, ext_len=0, **lengths
         )
-        return made.to(settings.device, settings.dtype).eval()
+        return with_larger_weights(made).to(settings.device).eval()
 
     ours = model(0, tgt_len=T, mem_len=L, same_length=True)
     vanilla = model(3, tgt_len=L, mem_len=0)
     tokens = torch.randint(N_TOKEN, (L + T + 1, BATCH), device=settings.device)
     memory, data, target = tokens[:L], tokens[L : L + T], tokens[L + 1 :]
 
-    cache = ours.init_cache(BATCH)
-    ours.losses(memory, tokens[1 : L + 1], cache)
-    mems = ours(memory, tokens[1 : L + 1])[1:]
-    double = model(0, tgt_len=T, mem_len=L, same_length=True).double()
-    double.load_state_dict(ours.state_dict())
-    truth = double(data, target, *double(memory, tokens[1 : L + 1])[1:])[0]
-    assert_close_to_truth(
-        "losses", ours.losses(data, target, cache), truth, ours(data, target, *mems)[0], OUTPUT_FACTOR
-    )
+    def with_memory(model: MemTransformerLM) -> tuple[Cache, list[Tensor]]:
+        cache = model.init_cache(BATCH)
+        model.losses(memory, tokens[1 : L + 1], cache)
+        return cache, model(memory, tokens[1 : L + 1])[1:]
+
+    # in float32, which would show what 16 bits hide
+    (cache, mems), double = with_memory(ours), copy.deepcopy(ours).double()
+    truth, wanted = double(data, target, *with_memory(double)[1])[0], ours(data, target, *mems)[0]
+    assert_close_to_truth("losses", ours.losses(data, target, cache), truth, wanted, OUTPUT_FACTOR)
+
+    ours, vanilla = ours.to(settings.dtype), vanilla.to(settings.dtype)
+    cache, mems = with_memory(ours)
 
     sides = {
         "ours": lambda: ours.losses(data, target, cache),

@@ -4,10 +4,12 @@ Against the same layer projecting the memory again ("projected again"), and agai
 segment, attend, and have the output projection, residual and LayerNorm.
 """
 
+import copy
+
 import pytest
 import torch
 
-from benchmarks.measure import CLOCK, Comparison, Stopwatch, rounds_within
+from benchmarks.measure import CLOCK, Comparison, Stopwatch, rounds_within, with_larger_weights
 from reference.layer import RelPartialLearnableMultiHeadAttn as ReferenceLayer
 from tests.accuracy import OUTPUT_FACTOR, assert_close_to_truth
 from tests.layer_tools import same_length_mask
@@ -24,35 +26,13 @@ SMOKE = {"B": 1, "H": 2, "D": 8, "C": 16, "M": 24}
 @torch.no_grad()
 def test_kept_projections(benchmark, settings, record, name, T):
     sizes = SMOKE if settings.smoke else SIZES
-    B, H, D, C, M = sizes.values()
-    torch.manual_seed(0)
-    lengths = {"tgt_len": T, "ext_len": 0, "mem_len": M, "same_length": True}
-    model = MemTransformerLM(2, 1, H, C, D, 1, 0.0, 0.0, **lengths).to(settings.device, settings.dtype).eval()
-    layer = model.layers[0].dec_attn
-    original = ReferenceLayer(H, C, D, 0.0).to(settings.device, settings.dtype).eval()
-    original.load_state_dict(layer.state_dict())
-    memory, w = (torch.randn(n, B, C, device=settings.device, dtype=settings.dtype) for n in (M, T))
-    r = model.pos_emb(torch.arange(M + T - 1, -1, -1, device=settings.device))
-    biases, mask = (model.r_w_bias, model.r_r_bias), same_length_mask(T, M, M, torch.bool).to(settings.device)
-    cache = model.init_cache(B, memory, memory)
-
-    def kept():
-        cache.make_room(model, T)
-        out = cache.attend(model, 0, w)
-        cache.advance(model, T)
-        return out
-
-    truth, wanted = (
-        original.to(dtype)(*(x.to(dtype) for x in (w, r, *biases)), mask, memory.to(dtype))
-        for dtype in (torch.float64, settings.dtype)
-    )
-    sides = {
-        "ours": kept,
-        "projected again": lambda: layer(w, r, *biases, mems=memory, window=model.window),
-        "original": lambda: original(w, r, *biases, mask, memory),
-    }
-    for side in ("ours", "projected again"):  # and compilation
-        assert_close_to_truth(side, sides[side](), truth, wanted, OUTPUT_FACTOR)
+    checked = Sides(sizes, T, settings.device, torch.float32)  # which would show what 16 bits hide
+    original = copy.deepcopy(checked.original).double()
+    truth = original(*(x.double() for x in checked.arguments), checked.mask, checked.memory.double())
+    wanted = checked.by_name["original"]()
+    for side in ("ours", "projected again"):
+        assert_close_to_truth(side, checked.by_name[side](), truth, wanted, OUTPUT_FACTOR)
+    sides = Sides(sizes, T, settings.device, settings.dtype).by_name
 
     stopwatch = Stopwatch(settings.device)
     comparison = Comparison(sides, stopwatch)
@@ -67,3 +47,39 @@ def test_kept_projections(benchmark, settings, record, name, T):
             "dtype": str(settings.dtype).removeprefix("torch."),
         }
     )
+
+
+class Sides:
+    """The three of them on one segment of T tokens behind a full memory.
+
+    Attributes:
+        by_name: Callables that give the segment's hidden states.
+        original, arguments, mask, memory: What the original is called with.
+    """
+
+    def __init__(self, sizes: dict[str, int], T: int, device: torch.device, dtype: torch.dtype) -> None:
+        B, H, D, C, M = sizes.values()
+        torch.manual_seed(0)
+        lengths = {"tgt_len": T, "ext_len": 0, "mem_len": M, "same_length": True}
+        model = with_larger_weights(MemTransformerLM(2, 1, H, C, D, 1, 0.0, 0.0, **lengths))
+        model = model.to(device, dtype).eval()
+        layer = model.layers[0].dec_attn
+        self.original = ReferenceLayer(H, C, D, 0.0).to(device, dtype).eval()
+        self.original.load_state_dict(layer.state_dict())
+        self.memory, w = (torch.randn(n, B, C, device=device, dtype=dtype) for n in (M, T))
+        r = model.pos_emb(torch.arange(M + T - 1, -1, -1, device=device))
+        self.arguments = w, r, model.r_w_bias, model.r_r_bias
+        self.mask = same_length_mask(T, M, M, torch.bool).to(device)
+        cache = model.init_cache(B, self.memory, self.memory)
+
+        def kept() -> torch.Tensor:
+            cache.make_room(model, T)
+            out = cache.attend(model, 0, w)
+            cache.advance(model, T)
+            return out
+
+        self.by_name = {
+            "ours": kept,
+            "projected again": lambda: layer(*self.arguments, mems=self.memory, window=model.window),
+            "original": lambda: self.original(*self.arguments, self.mask, self.memory),
+        }

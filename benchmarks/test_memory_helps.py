@@ -15,7 +15,7 @@ from benchmarks.measure import CLOCK, Stopwatch
 from txl_kernels.models import MemTransformerLM
 
 N_TOKEN, PERIOD, REPEATS = 16, 24, 8
-SEGMENT, MEMORY, BATCH, STEPS, WARMUP, LEARNING_RATE = 16, 12, 32, 1200, 40, 3e-3
+SEGMENT, MEMORY, BATCH, STEPS, WARMUP, LEARNING_RATE = 16, 16, 32, 1200, 40, 3e-3
 FARTHEST = SEGMENT + MEMORY - 1  # distance that training has seen
 EVALUATED = (0, MEMORY, PERIOD, 4 * PERIOD)  # lengths of memory
 

@@ -255,8 +255,9 @@ def test_report_tells_how_fast_models_evaluate_and_train():
         } for length in (1800, 800)
     ]  # fmt: skip
     training = common | {
-        "trained": "wt103_base", "sizes": sizes | {"batch": 8}, "seconds": {"ours": 1.0, "original": 2.0},
-        "ratio": {"original": 2.0}, "tokens_per_second": {"ours": 1024.0, "original": 512.0},
+        "trained": "wt103_base", "n_token": 1000, "sizes": sizes | {"batch": 8},
+        "seconds": {"ours": 1.0, "original": 2.0}, "ratio": {"original": 2.0},
+        "tokens_per_second": {"ours": 1024.0, "original": 512.0},
     }  # fmt: skip
     text = report.markdown([*evaluations, training])
     assert text.index("| 800 | 0.2 | 1 | 100 | 500x | 363x |") < text.index("| 1800 | 0.2 | 1 | 100 | 500x | 363x |")
