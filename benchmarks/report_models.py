@@ -2,7 +2,7 @@
 
 Result = dict  # one benchmark's extra_info; the test_*.py here say what is in it
 
-SIZES = "{n_layer} layers, d_model {d_model}, {n_head} heads x {d_head}, d_inner {d_inner}"
+SIZES = "n_layer {n_layer}, d_model {d_model}, {n_head} heads x {d_head}, d_inner {d_inner}"
 
 
 def kept_projections_table(results: list[Result]) -> str:

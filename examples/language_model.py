@@ -39,9 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.pop("command")(options)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of the generated text has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,6 +66,7 @@ def _train(options: dict[str, Any]) -> int:
             sys.stderr if ranks.first else None,
         )
         progress.say(_summary(training, resumed=state is not None))
+        del state  # which is as large as model and optimizer
         number = loop.train(training, run, progress)
         if number is not None:
             progress.say(f"{signal.Signals(number).name}: saved after step {training.step}; --resume goes on")
@@ -130,9 +128,12 @@ def _generate(options: dict[str, Any]) -> int:
         filters = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
         with evaluating(model, configuration):
             tokens = itertools.islice(generate(model, start, **filters), options["tokens"])
-            for text in vocabulary.decode(itertools.chain(start.tolist() if prompt else [], tokens)):
-                print(text, end="", flush=True)
-            print()
+            try:
+                for text in vocabulary.decode(itertools.chain(start.tolist() if prompt else [], tokens)):
+                    print(text, end="", flush=True)
+                print(flush=True)
+            except BrokenPipeError:  # the reader of the text has had enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

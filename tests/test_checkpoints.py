@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -76,6 +77,16 @@ def test_the_files(options, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["arguments"]["n_head"] == 2
     assert MemTransformerLM(**config["arguments"]).config == model.config
+
+
+def test_the_files_of_numpy_sizes_and_who_may_read_them(tmp_path):
+    sizes = SIZES | {"clamp_len": np.int64(3), "cutoffs": np.array([8, 19]), "dropout": np.float32(0.5)}
+    model = MemTransformerLM(**(LENGTHS | {"dropatt": 0.0} | sizes))
+    save(model, tmp_path)
+    assert load(tmp_path).config == model.config
+    assert model.config["cutoffs"] == [8, 19]
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1
 
 
 def test_a_loaded_model_learns_like_the_one_saved(tmp_path):

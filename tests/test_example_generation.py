@@ -31,6 +31,7 @@ P = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)
         ({"top_k": 3, "top_p": 0.5}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # of the three, 0.47 and 0.29
         ({"top_k": 3, "top_p": 0.45}, [0, 1, 0, 0, 0]),
         ({"temperature": 0}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-310}, [0, 1, 0, 0, 0]),
         ({"temperature": 0.5}, (P**2 / (P**2).sum()).tolist()),
         ({"temperature": 0.5, "top_p": 0.55}, [0, 1, 0, 0, 0]),  # the first has 0.57 now
     ],

@@ -219,6 +219,15 @@ def test_mixed_precision(text, tmp_path, one_process, amp):
     assert ("scale" in lm.checkpoint.newest(tmp_path)["scaler"]) == (amp == "fp16")
 
 
+def test_weight_decay_may_change_on_the_way(straight, tmp_path):
+    for path in straight.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    lm.checkpoint.step_paths(tmp_path)[-1].unlink()
+    assert program("train", tmp_path, "--resume", "--weight-decay", "0.5", "--device", "cpu") == 0
+    groups = lm.checkpoint.newest(tmp_path)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+
 def test_precision_may_change_on_the_way(one_process, tmp_path):
     for path in one_process.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

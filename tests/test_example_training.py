@@ -150,6 +150,23 @@ class Terminal(list):
         pass
 
 
+def test_a_progress_line_is_cut_to_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    Log(None, steps=10, stream=terminal).progress(5, seconds_left=59.9, bpc=2.5, loss=1.7, lr=0.001)
+    assert "".join(terminal) == "\r5/10 [##########          ] 2.5 bpc, 0."
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run():
+    class Gone(Terminal):
+        def write(self, text):
+            raise BrokenPipeError
+
+    log = Log(None, steps=10, stream=Gone())
+    log.progress(5, seconds_left=1.0, bpc=2.5)
+    log.event(6, valid_bpc=2.25)
+
+
 def test_progress_is_one_line_on_a_terminal():
     terminal = Terminal()
     log = Log(None, steps=10, stream=terminal)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from txl_kernels.validation import has_values
+
 
 class Visibility(NamedTuple):
     """Which keys a query sees.
@@ -80,7 +82,7 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int) -> Visibility:
     if not T * S * B:
         return Visibility()
     capturing = attn_mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing or attn_mask.is_meta:
+    if capturing or attn_mask.is_meta or not has_values(attn_mask):
         return _as_mask(hidden, future=True)
     version = -1 if attn_mask.is_inference() else attn_mask._version
     # what is made in inference mode can't be saved for a backward

@@ -141,7 +141,7 @@ def _check_visibility(
             raise ValueError(f"attn_mask: expected a shape that broadcasts to (B, H, T, S) = {full}, got {shape}")
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, q, (batch,), "(B,)")
-        if key_lengths.device.type == "cpu" and batch and _has_values(key_lengths):
+        if key_lengths.device.type == "cpu" and batch and has_values(key_lengths):
             low, high = key_lengths.aminmax()
             if low < 0 or high > kv_len:
                 raise ValueError(
@@ -222,7 +222,7 @@ def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...], legend: str) -> 
         raise ValueError(f"{name}: expected shape {legend} = {wanted}, got {tuple(x.shape)}")
 
 
-def _has_values(x: Tensor) -> bool:
+def has_values(x: Tensor) -> bool:
     """Whether values can be read: not while a graph is traced, nor of fake tensors or those of functorch."""
     if torch.compiler.is_compiling():
         return False

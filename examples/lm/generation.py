@@ -25,7 +25,8 @@ def distribution(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, to
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    probabilities, order = (log_probs.double() / temperature).softmax(0).sort(descending=True, stable=True)
+    below_largest = log_probs.double() - log_probs.max()  # what is divided by a tiny number stays finite or -inf
+    probabilities, order = (below_largest / temperature).softmax(0).sort(descending=True, stable=True)
     if top_k:
         probabilities[top_k:] = 0
         probabilities /= probabilities.sum()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,7 +49,7 @@ class Log:
         self._write(step, values)
         done = step / self._steps
         bar = f"[{'#' * int(20 * done):20}] "
-        left = f"{seconds_left // 3600:.0f}:{seconds_left // 60 % 60:02.0f}:{seconds_left % 60:02.0f}"
+        left = timedelta(seconds=int(seconds_left))
         self._show(f"{step}/{self._steps} {bar}{_words(values)}, {left} left", stays=False)
 
     def event(self, step: int, **values: float) -> None:
@@ -67,16 +69,23 @@ class Log:
     def _show(self, line: str, stays: bool = True) -> None:
         if self._stream is None:
             return
-        if self._stream.isatty():
-            print(f"\r{line:{len(self._line)}}", end="\n" if stays else "", file=self._stream, flush=True)
-            self._line = "" if stays else line
-        else:
-            print(line, file=self._stream, flush=True)
+        try:
+            if self._stream.isatty():
+                if not stays:  # a longer one would not return to its beginning
+                    line = line[: shutil.get_terminal_size().columns - 1]
+                print(f"\r{line:{len(self._line)}}", end="\n" if stays else "", file=self._stream, flush=True)
+                self._line = "" if stays else line
+            else:
+                print(line, file=self._stream, flush=True)
+        except OSError:  # nobody reads any more, which is no reason to end a run
+            self._stream = None
 
 
 def _words(values: dict[str, float]) -> str:
+    """Values for people, without losses in nats that stand there as bpc or perplexity."""
     names = {"tokens_per_second": "tokens/s"}
-    return ", ".join(f"{value:,.5g} {names.get(name, name.replace('_', ' '))}" for name, value in values.items())
+    told = {key: value for key, value in values.items() if not key.endswith("loss") or len(values) == 1}
+    return ", ".join(f"{value:,.5g} {names.get(name, name.replace('_', ' '))}" for name, value in told.items())
 
 
 def draw_curves(runs: Sequence[Path], picture: Path) -> None:

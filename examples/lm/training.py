@@ -132,7 +132,7 @@ class Training:
         """
         self._finite_loss()
         # columns side by side again, so that a run can go on with another number of ranks or parts
-        layers = [torch.cat(parts, 1) for parts in zip(*self._mems, strict=True)]
+        layers = [torch.cat([part.cpu() for part in parts], 1) for parts in zip(*self._mems, strict=True)]
         mems = [self.ranks.gather(layer) for layer in layers]
         generators = self.ranks.gather(torch.get_rng_state())
         cuda = self.ranks.gather(torch.cuda.get_rng_state()) if self.ranks.device.type == "cuda" else None
@@ -160,7 +160,10 @@ class Training:
             raise ValueError("--data: expected the text that the run was started with, got another")
         c, ranks, device = self.configuration, self.ranks, self.ranks.device
         self.model.load_state_dict(state["model"])
+        options = [{key: group[key] for key in ("weight_decay", "fused")} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, ours in zip(self._optimizer.param_groups, options, strict=True):
+            group.update(ours)  # of this run, not of the one that was saved
         if state["scaler"]:  # empty unless the run was in fp16
             self._scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]

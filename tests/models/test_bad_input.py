@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.layer_tools import original_mask
 from tests.models.tools import LENGTHS, SIZES, make_model
@@ -28,6 +29,13 @@ from txl_kernels.models import MemTransformerLM, MultiHeadAttn, ProjectedAdaptiv
         ({"d_inner": 2.0}, ValueError, r"d_inner: expected an int >= 1, got 2\.0"),
         ({"tgt_len": None}, ValueError, r"tgt_len: expected an int >= 1, got None"),
         ({"mem_len": -1}, ValueError, r"mem_len: expected an int >= 0, got -1"),
+        ({"same_length": "false"}, ValueError, r"same_length: expected a bool, got 'false'"),
+        ({"clamp_len": None}, ValueError, r"clamp_len: expected an int, got None"),
+        ({"div_val": 2.0}, ValueError, r"div_val: expected an int, got 2\.0"),
+        ({"cutoffs": None}, ValueError, r"cutoffs: expected a sequence, got None"),
+        ({"cutoffs": [1.5]}, ValueError, r"cutoffs: each: expected an int, got 1\.5"),
+        ({"dropout": float("nan")}, ValueError, r"dropout: expected a probability in \[0, 1\), got nan"),
+        ({"dropatt": 1.0}, ValueError, r"dropatt: expected a probability in \[0, 1\), got 1\.0"),
         ({"untie_r": True, "attn_type": 2}, ValueError, r"untie_r: expected attn_type 0, .* got attn_type 2"),
         ({"sample_softmax": 10}, NotImplementedError, r"sample_softmax: expected <= 0 .* got 10"),
     ],
@@ -92,3 +100,13 @@ def test_losses_want_a_target_for_each_state():
 def test_bad_input_of_multi_head_attention_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         MultiHeadAttn(2, 12, 5, 0.0)(**({"h": torch.zeros(4, 3, 12), "mems": torch.zeros(2, 3, 12)} | wrong))
+
+
+@pytest.mark.parametrize("attn_type", [0, 2])
+def test_shapes_without_values(attn_type):
+    """As memory estimators and tracers ask for them; nothing is read."""
+    with FakeTensorMode():
+        tokens = torch.zeros(5, 3, dtype=torch.int64)
+        losses, *mems = make_model(attn_type=attn_type)(tokens, tokens)
+    assert losses.shape == (5, 3)
+    assert mems[0].shape == (5, 3, SIZES["d_model"])

@@ -8,11 +8,19 @@ import torch
 from tests.models.tools import make_model, make_stream, through_forward
 
 
-def train_a_step(model):
+def train_a_step(model, optimizer=torch.optim.SGD, **options):
     (data, target), *_ = make_stream()
     model.train()(data, target)[0].mean().backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    optimizer(model.parameters(), lr=0.1, **options).step()
     model.eval()
+
+
+OLD = []  # parameters that somebody still holds
+
+
+def replace_a_parameter(model):
+    OLD.append(model.r_w_bias)
+    model.r_w_bias = torch.nn.Parameter(model.r_w_bias.detach() + 1)
 
 
 OLDER = r"cache: expected one made by init_cache after the weights last changed"
@@ -22,6 +30,9 @@ OLDER = r"cache: expected one made by init_cache after the weights last changed"
     ("change", "message"),
     [
         (train_a_step, OLDER),
+        (lambda model: train_a_step(model, torch.optim.AdamW, fused=True), OLDER),  # which PyTorch doesn't count
+        (lambda model: model.train().eval(), OLDER),
+        (replace_a_parameter, OLDER),
         (lambda model: model.load_state_dict(model.state_dict()), OLDER),
         (lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True), OLDER),
         (lambda model: model.float(), r"cache: expected one made for torch\.float32 .* got torch\.float64"),
@@ -51,16 +62,26 @@ def test_other_caches_are_refused_and_not_changed():
         copy.deepcopy(model).losses(*second, cache)
     with pytest.raises(ValueError, match=r"cache: expected one for batch size 2 as data, got 3"):
         model.losses(*(x[:, :2] for x in second), cache)
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(ValueError, match=r"cache: .* torch\.bfloat16 .* torch\.float64"),
-    ):
-        model.losses(*second, cache)
     with pytest.raises(TypeError, match=r"data: expected dtype torch\.int64"):
         model.log_probs(second[0].float(), cache)
     with pytest.raises(ValueError, match=r"target: expected \(1 to 5, 3\) as data, got \(6, 3\)"):
         model.losses(second[0], torch.zeros(6, 3, dtype=torch.int64), cache)
     torch.testing.assert_close(model.losses(*second, cache), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_changes_what_is_kept_but_not_in_float64():
+    (first, second), autocast = make_stream([5, 5]), torch.autocast("cpu", torch.bfloat16)
+    model = make_model(torch.float32).eval()
+    cache = model.init_cache(3)
+    model.losses(*first, cache)
+    with autocast, pytest.raises(ValueError, match=r"cache: .* torch\.bfloat16 .* torch\.float32"):
+        model.losses(*second, cache)
+    model = make_model().eval()
+    cache = model.init_cache(3)
+    with autocast:
+        losses = [model.losses(*segment, cache) for segment in (first, second)]
+    wanted = through_forward(model, [first, second])
+    torch.testing.assert_close(torch.cat(losses), wanted, rtol=1e-12, atol=1e-12, check_dtype=False)
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ class Cache:
     what lies before the next one, and when the end is reached it moves to the front, once in mem_len tokens at most.
     So keys and values are views, in order, and a copy of a cache (``copy.deepcopy``) goes on by itself.
 
-    The weights must stay what they are. A change that PyTorch counts (an optimizer step, ``load_state_dict``, a move
-    to another device or dtype) is noticed and refused; writing through ``.data`` is not. Hooks on the layers and
-    their attention are not called.
+    The weights must stay what they are. A return to training mode, ``load_state_dict``, a move to another device or
+    dtype and whatever else PyTorch counts is noticed and refused; writing through ``.data`` is not. Hooks on the
+    layers and their attention are not called.
 
     Attributes:
         batch_size: B.
@@ -55,12 +55,11 @@ class Cache:
             )
         if model.ext_len:
             raise ValueError(f"ext_len: expected 0 for a cache, where segments follow each other, got {model.ext_len}")
-        if not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"batch_size: expected an int >= 0, got {batch_size}")
         _check_mode(model)
         self.batch_size, self.length = batch_size, 0
         self._model, self._lengths = weakref.ref(model), _lengths(model)
         self._weights = [(weakref.ref(p), *_state(p)) for p in model.parameters()]
+        self._trainings = model._trainings
         self._dtype = _kept_dtype(model)
         self._longest = 0  # segment that there is room for
         self._end = 0  # of the memory in the buffer
@@ -73,6 +72,7 @@ class Cache:
                 self._append(i, project_memory(layer.dec_attn, states))
             self.advance(model, mems[0].shape[0])
 
+    @torch.no_grad()
     def extend(self, model: "MemTransformerLM", data: Tensor) -> Tensor:
         """Hidden states (T, B, C) of the tokens (T, B) that follow those seen so far; they become memory.
 
@@ -142,11 +142,12 @@ class Cache:
             raise ValueError(f"cache: expected one made for {names} = {_lengths(model)}, got {self._lengths}")
         if _kept_dtype(model) != self._dtype:
             raise ValueError(f"cache: expected one made for {_kept_dtype(model)} as computed here, got {self._dtype}")
-        for parameter, *state in self._weights:
-            if (p := parameter()) is None or [*_state(p)] != state:
-                raise ValueError(
-                    "cache: expected one made by init_cache after the weights last changed, got older keys"
-                )
+        now = [*model.parameters()]
+        same = len(now) == len(self._weights) and all(
+            known() is p and tuple(state) == _state(p) for p, (known, *state) in zip(now, self._weights, strict=True)
+        )
+        if not same or model._trainings != self._trainings:
+            raise ValueError("cache: expected one made by init_cache after the weights last changed, got older keys")
 
 
 def _check_mode(model: "MemTransformerLM") -> None:
@@ -163,9 +164,11 @@ def _weight(model: "MemTransformerLM") -> Tensor:
 
 
 def _kept_dtype(model: "MemTransformerLM") -> torch.dtype:
-    """Of keys and values: that of products."""
+    """Of keys and values: that of products, which autocast leaves alone in float64."""
     weight = _weight(model)
-    return torch.get_autocast_dtype(weight.device.type) if autocast_enabled(weight) else weight.dtype
+    if weight.dtype is torch.float64 or not autocast_enabled(weight):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)
 
 
 def _positions(model: "MemTransformerLM", S: int) -> list[Positions]:

@@ -136,8 +136,10 @@ class MultiHeadAttn(nn.Module):
             every = torch.ones(T, S, dtype=torch.bool, device=h.device)
             visible = every.tril(S - T)
             visible = visible.triu(S - T - window[0]) if window[0] >= 0 else visible
-        elif attn_mask is None:
+        elif attn_mask is None and not torch.compiler.is_compiling():  # which can't trace it
             visible = causal_lower_right(T, S)
+        elif attn_mask is None:
+            visible = torch.ones(T, S, dtype=torch.bool, device=h.device).tril(S - T)
         elif attn_mask.shape not in ((T, S, 1), (T, S, B), (S, B)):
             raise ValueError(
                 f"attn_mask: expected ({T}, {S}, 1), ({T}, {S}, {B}) or ({S}, {B}), got {tuple(attn_mask.shape)}"

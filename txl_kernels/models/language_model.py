@@ -20,7 +20,7 @@ from txl_kernels.models.decoder import (
     RelLearnableDecoderLayer,
     RelPartialLearnableDecoderLayer,
 )
-from txl_kernels.models.validation import check_counts, check_mems, check_segment
+from txl_kernels.models.validation import check_counts, check_mems, check_segment, plain_arguments
 
 
 class MemTransformerLM(nn.Module):
@@ -110,7 +110,8 @@ class MemTransformerLM(nn.Module):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self._arguments = arguments | {"tie_projs": list(tie_projs), "cutoffs": list(cutoffs)}
+        self._arguments = arguments = plain_arguments(arguments)
+        tie_projs, cutoffs, clamp_len = (arguments[name] for name in ("tie_projs", "cutoffs", "clamp_len"))
         d_embed = d_model if d_embed is None else d_embed
         sizes = {"n_token": n_token, "n_layer": n_layer, "n_head": n_head, "d_model": d_model}
         check_counts(1, sizes | {"d_head": d_head, "d_inner": d_inner, "d_embed": d_embed})
@@ -131,6 +132,7 @@ class MemTransformerLM(nn.Module):
         self.same_length, self.clamp_len = same_length, clamp_len
         self.gradient_checkpointing, self.zero_memory = gradient_checkpointing, zero_memory
         self.reset_length(tgt_len, ext_len, mem_len)
+        self._trainings = 0  # how often training began, which a cache may not outlive
 
         self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
         self.drop = nn.Dropout(dropout)
@@ -160,11 +162,19 @@ class MemTransformerLM(nn.Module):
             self.r_bias = nn.Parameter(torch.empty(n_layer, rows, n_head))
         init_parameters(self)
 
+    def train(self, mode: bool = True) -> "MemTransformerLM":
+        """As of any module; a `Cache` made before a return to training is not used after it."""
+        self._trainings += mode
+        return super().train(mode)
+
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make such a model anew, with the lengths, switches and dropout that it has now."""
+        """The arguments that make such a model anew, with the lengths, switches and dropout that it has now.
+
+        Learned positions (attn_type 1 and 3) keep the rows they were made with, whatever the lengths are now.
+        """
         now = {name: getattr(self, name, value) for name, value in self._arguments.items()}
-        return now | {"dropout": self.drop.p, "dropatt": self.layers[0].dec_attn.dropatt.p}
+        return plain_arguments(now | {"dropout": self.drop.p, "dropatt": self.layers[0].dec_attn.dropatt.p})
 
     def reset_length(self, tgt_len: int, ext_len: int, mem_len: int) -> None:
         """Sets the lengths for the segments to come; learned positions keep the number of rows they were made with.
@@ -204,7 +214,7 @@ class MemTransformerLM(nn.Module):
 
         Returns:
             [losses, *memory]: losses (T', B) in nats; memory, for the embedding and every layer's output, without
-            gradient, none with mem_len 0.
+            gradient, none with mem_len 0 (or of length 0, where mems were given).
 
         Raises:
             TypeError: data or target is not int64.
@@ -231,6 +241,7 @@ class MemTransformerLM(nn.Module):
             ValueError: attn_type is 2 or 3, ext_len isn't 0, the model is in training mode (what is kept has no
                 dropout), or mems do not fit.
         """
+        check_counts(0, {"batch_size": batch_size})
         check_mems(self, mems, batch_size, at_most=self.mem_len)
         return Cache(self, batch_size, mems or self.init_mems(batch_size) or ())
 

@@ -1,12 +1,52 @@
 """Checks of the language model's arguments. Every message names the argument, what was wanted and what came."""
 
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from txl_kernels.validation import has_values
+
 if TYPE_CHECKING:
     from txl_kernels.models.language_model import MemTransformerLM
+
+
+_SWITCHES = (
+    *("tie_weight", "pre_lnorm", "adapt_inp", "same_length"),
+    *("untie_r", "gradient_checkpointing", "zero_memory"),
+)
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments as Python's own bool, int, float and list, as a file can hold them.
+
+    Raises:
+        ValueError: One is of another kind, or a dropout is no probability.
+    """
+    return {name: _plain(name, value) for name, value in arguments.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in _SWITCHES:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected a bool, got {value!r}")
+        return value
+    if name in ("dropout", "dropatt"):
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 <= float(value) < 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+        return float(value)
+    if name in ("cutoffs", "tie_projs"):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ValueError(f"{name}: expected a sequence, got {value!r}")
+        return [bool(x) if name == "tie_projs" else _plain("cutoffs: each", x) for x in value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        if name not in ("div_val", "attn_type", "clamp_len", "sample_softmax", "cutoffs: each"):
+            return value  # counts, of which check_counts knows the least
+        raise ValueError(f"{name}: expected an int, got {value!r}") from None
 
 
 def check_counts(least: int, counts: dict[str, int]) -> None:
@@ -32,7 +72,7 @@ def check_segment(
     check_mems(model, mems, B)
     for name, x in tokens.items():
         # elsewhere a look at the tokens would wait for the device
-        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.numel() and has_values(x):
             low, high = (int(bound) for bound in x.aminmax())
             if low < 0 or high >= model.n_token:
                 raise ValueError(f"{name}: expected tokens in 0 ... {model.n_token - 1}, got {low} ... {high}")

@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Names path in a ValueError raised inside, and makes it a `CheckpointError`.
+    """Names path in an error raised inside by what is read, and makes it a `CheckpointError`.
 
     Raises:
         FileNotFoundError: path does not exist.
@@ -24,7 +24,7 @@ def reading(path: Path) -> Iterator[None]:
         raise FileNotFoundError(f"{path}: expected a checkpoint, found nothing")
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError, OverflowError) as error:  # NotImplementedError is a RuntimeError
         raise CheckpointError(f"{path}: {error}") from error
 
 

@@ -103,6 +103,8 @@ def _renamed(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[
         if name in state:
             state[name] = state[name].flip(0)
     # files may lack it, or have it in float32 beside parameters of 16 bits
-    frequencies = state.get("pos_emb.inv_freq", PositionalEmbedding(arguments["d_model"]).inv_freq)
+    frequencies = state.get("pos_emb.inv_freq")
+    if frequencies is None:
+        frequencies = PositionalEmbedding(arguments["d_model"]).inv_freq
     state["pos_emb.inv_freq"] = frequencies.to(state.get("crit.out_layers.0.bias", frequencies).dtype)
     return state

@@ -44,6 +44,8 @@ def save(model: MemTransformerLM, directory: str | Path) -> None:
     with TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         library.save_file(tensors, Path(scratch, _WEIGHTS), metadata={"format": "pt"})
         Path(scratch, _CONFIG).write_text(config + "\n", encoding="utf-8")
+        # the library makes a file that its owner alone can read
+        Path(scratch, _WEIGHTS).chmod(Path(scratch, _CONFIG).stat().st_mode)
         for name in (_WEIGHTS, _CONFIG):
             os.replace(Path(scratch, name), directory / name)
 
