@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import language_model
+import torch
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "language_model.py"
@@ -21,8 +22,13 @@ TINY = shlex.split(f"{SIZES} {SCHEDULE} {EVALUATION} --device cpu")
 
 
 def program(*arguments):
-    """The exit status of the program, run here."""
-    return language_model.main([str(argument) for argument in arguments])
+    """The exit status of the program, run here with one thread, as `start` does: others add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return language_model.main([str(argument) for argument in arguments])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start(*arguments, launcher=(), file=PROGRAM, **options):

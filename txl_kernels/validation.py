@@ -236,7 +236,8 @@ def _check_number(name: str, x: float) -> None:
 
 def _check_finite(name: str, x: float) -> None:
     _check_number(name, x)
-    if not isinstance(x, torch.SymFloat) and not math.isfinite(x):
+    # a number that a graph is traced for has no value yet, and need not show as a SymFloat
+    if not isinstance(x, torch.SymFloat) and not torch.compiler.is_compiling() and not math.isfinite(x):
         raise ValueError(f"{name}: expected a finite number, got {x}")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from txl_kernels.layer import RelLearnableMultiHeadAttn, RelPartialLearnableMultiHeadAttn
+from txl_kernels.validation import has_values
 
 
 class PositionalEmbedding(nn.Module):
@@ -136,7 +137,7 @@ class MultiHeadAttn(nn.Module):
             every = torch.ones(T, S, dtype=torch.bool, device=h.device)
             visible = every.tril(S - T)
             visible = visible.triu(S - T - window[0]) if window[0] >= 0 else visible
-        elif attn_mask is None and not torch.compiler.is_compiling():  # which can't trace it
+        elif attn_mask is None and has_values(h):  # what traces can't make one
             visible = causal_lower_right(T, S)
         elif attn_mask is None:
             visible = torch.ones(T, S, dtype=torch.bool, device=h.device).tril(S - T)

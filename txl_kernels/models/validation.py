@@ -34,8 +34,9 @@ def _plain(name: str, value: Any) -> Any:
             raise ValueError(f"{name}: expected a bool, got {value!r}")
         return value
     if name in ("dropout", "dropatt"):
-        if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 <= float(value) < 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+        number = not isinstance(value, (bool, str)) and hasattr(value, "__float__")
+        if not (number and 0 <= float(value) <= 1) or (name == "dropatt" and float(value) == 1):
+            raise ValueError(f"{name}: expected a probability{', below 1' * (name == 'dropatt')}, got {value!r}")
         return float(value)
     if name in ("cutoffs", "tie_projs"):
         if isinstance(value, str) or not isinstance(value, Iterable):
