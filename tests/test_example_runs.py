@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.example_tools import SLOW_PROGRAM, TEXT, TINY, program, start
+from txl_kernels.models import MemTransformerLM
 
 DROPOUT = [*TINY, "--dropout", "0.2", "--dropatt", "0.1"]
 
@@ -209,6 +210,21 @@ def test_two_processes_are_one(text, one_process, tmp_path):
 
 
 # Options
+
+
+def test_compiled(text, one_process, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(MemTransformerLM, "compile", lambda model: torch.nn.Module.compile(model, backend=backend))
+    torch.compiler.reset()
+    options = ["--dropout", "0", "--log-every", "1", "--compile"]
+    assert program("train", tmp_path, "--data", text, *TINY, *options) == 0
+    assert graphs
+    assert_close_runs(tmp_path, one_process)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
