@@ -1,0 +1,176 @@
+"""Parakeet of Hugging Face before and after `patch`."""
+
+import copy
+
+import pytest
+import torch
+
+import txl_kernels
+from tests.patching.tools import (
+    assert_alike,
+    assert_same_dropout,
+    assert_same_when_patched,
+    copied,
+    largest_tensor,
+    randomized,
+)
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+
+C, MELS = 32, 16
+
+
+def make_encoder(implementation: str = "eager", **options) -> torch.nn.Module:
+    sizes = {"hidden_size": C, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
+    sizes |= {"num_mel_bins": MELS, "subsampling_conv_channels": 8, "conv_kernel_size": 5}
+    no_dropout = {"dropout": 0.0, "dropout_positions": 0.0, "layerdrop": 0.0, "attention_dropout": 0.0}
+    no_dropout |= {"activation_dropout": 0.0}
+    config = transformers.ParakeetEncoderConfig(**(sizes | no_dropout | options))
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    return randomized(transformers.ParakeetEncoder(config)).eval()
+
+
+def training(model: torch.nn.Module) -> torch.nn.Module:
+    """In training mode, but for the batch norms: the gradient of what they subtract is all rounding."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eval()
+    return model
+
+
+def batch(frames: int = 200, B: int = 3) -> dict[str, torch.Tensor]:
+    """Padded features; the last sequence is a third as long as the first."""
+    torch.manual_seed(1)
+    mask = torch.arange(frames) < torch.linspace(frames, frames // 3, B).long()[:, None]
+    return {"input_features": torch.randn(B, frames, MELS), "attention_mask": mask}
+
+
+def states(model, **inputs):
+    return model(**inputs).last_hidden_state
+
+
+def valid_frames(model, inputs) -> torch.Tensor:
+    return model(**inputs).attention_mask[..., None]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"attention_bias": False, "scale_input": True}, {"num_key_value_heads": 2}])
+def test_padded_batch(implementation, options):
+    model, inputs = make_encoder(implementation, **options), batch()
+    report = assert_same_when_patched(model, states, inputs, valid_frames(model, inputs))
+    assert report.patched == ("", "layers.0.self_attn", "layers.1.self_attn")
+
+
+def test_without_mask_and_in_training_mode():
+    model = training(make_encoder())
+    assert_same_when_patched(model, states, {"input_features": batch()["input_features"]})
+
+
+def test_outputs_without_gradient_and_of_an_empty_sequence():
+    model, inputs = make_encoder(), batch()
+    inputs["attention_mask"][2] = False
+    patched = copied(model)
+    for grad_mode in (torch.no_grad, torch.inference_mode):
+        with grad_mode():
+            got, wanted = patched(**inputs), model(**inputs)
+            assert_alike("states", got.last_hidden_state, wanted.last_hidden_state, 3e-5)
+            assert torch.equal(got.attention_mask, wanted.attention_mask)
+
+
+def test_autocast():
+    model, inputs = make_encoder(), batch()
+    truth = states(model, **inputs)
+
+    def errors(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = states(model, **inputs)
+        return (out.float() - truth).abs().max().item(), out.dtype
+
+    before, dtype = errors(model)
+    after, patched_dtype = errors(copied(model))
+    assert patched_dtype == dtype
+    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+
+
+def test_dropout_of_attention():
+    model = make_encoder(attention_dropout=0.3)
+    attention = model.layers[0].self_attn.train()
+    x, positions = torch.randn(2, 9, C), torch.randn(1, 17, C).expand(2, -1, -1)
+    assert_same_dropout(attention, lambda module: module(x, positions)[0])
+
+
+def test_dropout_of_positions_differs_between_sequences():
+    model = training(make_encoder(dropout_positions=0.5))
+    inputs = batch()
+
+    def seeded(model, **inputs):
+        torch.manual_seed(3)
+        return states(model, **inputs)
+
+    assert_same_when_patched(model, seeded, inputs, valid_frames(model, inputs))
+
+
+def test_dense_masks_of_one_s_own_are_served():
+    attention = make_encoder().layers[0].self_attn
+    torch.manual_seed(2)
+    mask = torch.rand(2, 1, 9, 9) < 0.5
+    mask[0, 0, 4] = False  # sees nothing: the mean of all values
+    inputs = {"x": torch.randn(2, 9, C), "positions": torch.randn(2, 17, C)}
+    valid = mask.any(-1).squeeze(1)[..., None]
+    assert_same_when_patched(attention, lambda m, x, positions: m(x, positions, mask)[0], inputs, valid)
+
+
+def test_attention_weights_come_from_its_own_method():
+    model, inputs = make_encoder(), batch()
+    wanted = model(**inputs, output_attentions=True)
+    with pytest.warns(UserWarning, match="ParakeetEncoderAttention: attention weights"):
+        got = copied(model)(**inputs, output_attentions=True)
+    assert len(got.attentions) == 2
+    for a, b in zip(got.attentions, wanted.attentions, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+
+
+def test_nothing_of_T_by_T_is_made():
+    """The largest tensor of a forward and backward grows with the length, not with its square."""
+    model = make_encoder(subsampling_factor=2, subsampling_conv_channels=2)
+    attention = copied(model)
+
+    def step(model, frames):
+        inputs = batch(frames, 2)
+        return lambda: states(model, **inputs).sum().backward()
+
+    growth = {
+        name: largest_tensor(step(side, 2400)) / largest_tensor(step(side, 1200))
+        for name, side in (("patched", attention), ("own", model))
+    }
+    assert growth["patched"] < 2.1, growth
+    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+
+
+def test_compiled_in_one_graph():
+    model, inputs = make_encoder(), batch(80)
+    wanted = states(model, **inputs)
+    got = states(torch.compile(copied(model), fullgraph=True, backend="aot_eager"), **inputs)
+    assert_alike("states", got, wanted, 3e-5)
+
+
+def test_gradient_checkpointing():
+    model, inputs = training(make_encoder()), batch()
+    model.activation_checkpointing_enable()
+    assert_same_when_patched(model, states, inputs, valid_frames(model, inputs))
+
+
+def test_a_model_on_the_encoder():
+    """CTC: the encoder is found inside, the loss is the same."""
+    config = transformers.ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=make_encoder().config.to_dict())
+    model, inputs = randomized(transformers.ParakeetForCTC(config)).eval(), batch(320)
+    labels = torch.randint(1, 10, (3, 5))
+    wanted = model(**inputs, labels=labels).loss
+    before = copy.deepcopy(model.state_dict())
+    report = txl_kernels.patch(model, strict=True)
+    assert "encoder.layers.0.self_attn" in report.patched
+    assert_alike("loss", model(**inputs, labels=labels).loss, wanted, 1e-5)
+    assert model.state_dict().keys() == before.keys()

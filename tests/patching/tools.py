@@ -1,0 +1,143 @@
+"""A model before and after `patch`: outputs, gradients, statistics of dropout, and the largest tensor it makes."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import txl_kernels
+
+# Of the largest entry: both sides round, in another order, through every layer of the model.
+RELATIVE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 4e-2}
+
+Run = Callable[..., Tensor | tuple[Tensor, ...]]  # run(model, **inputs): what to compare
+
+
+class Results(NamedTuple):
+    """What a run gave: its outputs, and the gradients of inputs and parameters by name."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with every parameter drawn anew, so that no bias is zero and attention prefers some keys."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * fan_in**-0.5)
+    return model
+
+
+def results(model: nn.Module, run: Run, inputs: dict[str, Tensor], valid: Tensor | None = None) -> Results:
+    """Runs it, and back from cotangents that are drawn anew but the same each time.
+
+    Args:
+        model: Whose parameters get gradients.
+        run: Called as run(model, **inputs).
+        inputs: Those of floating point get gradients.
+        valid: Broadcasts against every output: False where the cotangent is zero, as in rows that see no key,
+            whose gradient in some models is a rounding artefact.
+    """
+    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    outputs = run(model, **leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    if valid is not None:
+        cotangents = [x * valid for x in cotangents]
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    wanted |= {name: x for name, x in model.named_parameters() if x.requires_grad}
+    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
+    gradients = {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+    assert gradients, "no gradient reaches anything"
+    return Results(tuple(x.detach() for x in outputs), gradients)
+
+
+def assert_alike(name: str, got: Tensor, wanted: Tensor, relative: float) -> None:
+    """Fails unless got is wanted, but for `relative` times its largest entry. NaN never passes."""
+    assert got.shape == wanted.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    assert got.dtype == wanted.dtype, f"{name}: {got.dtype}, wanted {wanted.dtype}"
+    error, largest = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    assert error <= relative * largest, f"{name}: differs by {error:.3g}, largest {largest:.3g}"
+
+
+def assert_same_when_patched(
+    model: nn.Module, run: Run, inputs: dict[str, Tensor], valid: Tensor | None = None, relative: float | None = None
+) -> txl_kernels.Report:
+    """Outputs and gradients before and after ``patch(model, strict=True)``, which leaves the model patched.
+
+    Args:
+        model: Not patched yet.
+        run: As in `results`.
+        inputs: As in `results`.
+        valid: As in `results`.
+        relative: Difference allowed, of the largest entry; by default that of the first output's dtype.
+    """
+    before = results(model, run, inputs, valid)
+    report = txl_kernels.patch(model, strict=True)
+    after = results(model, run, inputs, valid)
+    relative = RELATIVE[before.outputs[0].dtype] if relative is None else relative
+    assert len(after.outputs) == len(before.outputs)
+    for i, (got, wanted) in enumerate(zip(after.outputs, before.outputs, strict=True)):
+        assert_alike(f"output {i}", got, wanted, relative)
+    assert after.gradients.keys() == before.gradients.keys()
+    # gradients that are sums of what cancels (of a key's bias, say) are held against the largest of all
+    largest = max(x.abs().max().item() for x in before.gradients.values())
+    for name, wanted in before.gradients.items():
+        got, floor = after.gradients[name], 1e-2 * largest
+        error, allowed = (got - wanted).abs().max().item(), 3 * relative * max(wanted.abs().max().item(), floor)
+        assert got.dtype == wanted.dtype
+        assert error <= allowed, f"gradient of {name}: differs by {error:.3g}, allowed {allowed:.3g}"
+    return report
+
+
+def assert_same_dropout(model: nn.Module, run: Callable[[nn.Module], Tensor], runs: int = 400) -> None:
+    """Mean and spread of an output over many dropout masks, before and after `patch`; the model is in training mode."""
+
+    def moments() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            draws = torch.stack([run(model).double() for _ in range(runs)])
+        return draws.mean(0), draws.std(0)
+
+    mean, std = moments()
+    txl_kernels.patch(model, strict=True)
+    patched_mean, patched_std = moments()
+    assert std.mean() > 0, "nothing was dropped"
+    standard_error = ((std**2 + patched_std**2) / runs).sqrt() + 1e-6
+    worst = ((mean - patched_mean) / standard_error).abs().max().item()
+    assert worst < 6, f"means differ by {worst:.1f} standard errors"
+    ratio = (patched_std.mean() / std.mean()).item()
+    assert 0.95 < ratio < 1.05, f"the spread is {ratio:.3f} of that before"
+
+
+class _LargestStorage(TorchDispatchMode):
+    """Bytes of the largest tensor that any operator makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+def largest_tensor(function: Callable[[], object]) -> int:
+    """Bytes of the largest tensor that a call makes; what happens inside `rel_attention` is not seen."""
+    with _LargestStorage() as seen:
+        function()
+    return seen.largest
+
+
+def copied(model: nn.Module, **options: bool) -> nn.Module:
+    """A deep copy that was patched."""
+    model = copy.deepcopy(model)
+    txl_kernels.patch(model, strict=True, **options)
+    return model

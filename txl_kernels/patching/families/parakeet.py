@@ -1,0 +1,126 @@
+"""Parakeet of Hugging Face, and what builds on its encoder (Canary, Cohere ASR, the CTC, RNN-T and TDT models).
+
+The encoder hides padded keys, and every key from padded queries, with one mask (B, 1, T, T); those queries get the
+mean of all values. Here the encoder hands its layers the lengths in its place.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.parakeet import modeling_parakeet as original_code
+
+from txl_kernels.functional import rel_attention
+from txl_kernels.patching.dead_rows import mean_of_values
+from txl_kernels.patching.patch import is_patched
+from txl_kernels.patching.replacement import Replacement, warn_own
+
+
+class Padding(NamedTuple):
+    """The frames of each sequence: lengths (B,), and valid (B, T), True for a frame."""
+
+    lengths: Tensor
+    valid: Tensor
+
+
+def attention(
+    self: nn.Module,
+    original,
+    hidden_states: Tensor,
+    position_embeddings: Tensor,
+    attention_mask: Tensor | None = None,
+    padding: Padding | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Of `ParakeetEncoderAttention`: hidden_states (B, T, C), position_embeddings (1|B, 2T - 1, C).
+
+    padding, from `encoder`, takes the place of attention_mask (B, 1, T, T), bool, True = may attend.
+    """
+    if padding is None and attention_mask is not None and attention_mask.dtype is not torch.bool:
+        warn_own(self, "an attention_mask that is not bool")
+        return original(hidden_states, position_embeddings, attention_mask, **kwargs)
+    if wants_weights(self, kwargs):
+        warn_own(self, "attention weights")
+        return original(hidden_states, position_embeddings, attention_mask, **kwargs)
+    q, k, v = (heads(self, x(hidden_states)) for x in (self.q_proj, self.k_proj, self.v_proj))
+    visible = {"attn_mask": attention_mask} if padding is None else {"key_lengths": padding.lengths}
+    out, lse = rel_attention(
+        *(q, k, v, projected_positions(self, position_embeddings), self.bias_u, self.bias_v),
+        is_causal=False,
+        dropout_p=self.attention_dropout if self.training else 0.0,
+        scale=self.scaling,
+        return_lse=True,
+        **visible,
+    )
+    if padding is not None:
+        out = mean_of_values(out, v, ~padding.valid)
+    elif attention_mask is not None:
+        out = mean_of_values(out, v, lse.isneginf())
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+@original_code.merge_with_config_defaults
+@original_code.capture_outputs
+def _encode(
+    self: nn.Module,
+    input_features: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attention_mask: bool = True,
+    **kwargs,
+):
+    states = self.subsampling(input_features, attention_mask) * self.input_scale
+    # all sequences share positions, unless dropout tells them apart
+    alike = not (self.training and self.dropout_positions)
+    positions = self.encode_positions(states[:1] if alike else states)
+    states = nn.functional.dropout(states, p=self.dropout, training=self.training)
+    positions = nn.functional.dropout(positions, p=self.dropout_positions, training=self.training)
+    padding = valid = None
+    if attention_mask is not None:
+        valid = self._get_output_attention_mask(attention_mask, target_length=states.shape[1])
+        padding = Padding(valid.sum(1), valid)
+        attention_mask = valid[:, None, None]  # for the convolutions, which look for padded keys alone
+    for layer in self.layers:
+        if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
+            continue
+        states = layer(
+            states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs
+        )
+    return original_code.ParakeetEncoderModelOutput(
+        last_hidden_state=states, attention_mask=valid.int() if valid is not None and output_attention_mask else None
+    )
+
+
+def encoder(self: nn.Module, original, *args, **kwargs):
+    """Of `ParakeetEncoder`: the same steps, without the mask of T x T."""
+    if wants_weights(self, kwargs) or not all(is_patched(layer.self_attn) for layer in self.layers):
+        return original(*args, **kwargs)
+    return _encode(self, *args, **kwargs)
+
+
+def wants_weights(module: nn.Module, kwargs: dict) -> bool:
+    """Whether the call asks for attention weights."""
+    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
+
+
+def heads(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, T, H * D) as (B, H, T, D)."""
+    return x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+
+
+def projected_positions(module: nn.Module, embeddings: Tensor) -> Tensor:
+    """r (H, P, D), or (B, H, P, D) where the batches differ: dropout makes a mask for each."""
+    r = heads(module, module.relative_k_proj(embeddings))
+    return r if r.shape[0] > 1 else r[0]
+
+
+REPLACEMENTS = {
+    "ParakeetEncoderAttention": Replacement(
+        "forward",
+        attention,
+        ("hidden_states", "position_embeddings", "attention_mask", "kwargs"),
+        own="attention weights",
+    ),
+    "ParakeetEncoder": Replacement(
+        "forward", encoder, ("input_features", "attention_mask", "output_attention_mask", "kwargs")
+    ),
+}
