@@ -1,0 +1,35 @@
+"""Small models of the families that `txl_kernels.patch` knows, at the lengths people use: one file a family."""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+# length, frames at 12.5 a second (after subsampling by 8), batch and layers that two cores run in seconds
+AUDIO = (("30 s", 375, 4, 2), ("2 min", 1500, 2, 2), ("10 min", 7500, 1, 1))
+
+
+class Case(NamedTuple):
+    """One model at one length.
+
+    Attributes:
+        family: As in the README's table.
+        shape: Said in the report: "2 min, B = 2, 2 layers, 4 heads x 64".
+        build: Makes the model, with attention that is not uniform (`benchmarks.measure.with_larger_weights`), and what
+            runs it: run(model) gives states, differentiable in the model's parameters. Called with smoke=True for
+            tiny sizes. Same numbers each time.
+    """
+
+    family: str
+    shape: str
+    build: Callable[[bool], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+
+
+# file of this folder -> the module that must be importable for its cases
+PACKAGES = {"parakeet": "transformers"}
+
+
+def cases(file: str) -> list[Case]:
+    """The cases of one file; imports its package."""
+    return importlib.import_module(f"benchmarks.families.{file}").CASES

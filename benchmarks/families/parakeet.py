@@ -1,0 +1,34 @@
+"""The Parakeet encoder of Hugging Face with its subsampling, on a padded batch."""
+
+import functools
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.families import AUDIO, Case
+from benchmarks.measure import with_larger_weights
+
+
+def _build(T: int, B: int, layers: int, smoke: bool):
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": layers}
+    if smoke:
+        T, sizes = 8, {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.ParakeetEncoderConfig(**sizes, num_mel_bins=80, subsampling_conv_channels=32, layerdrop=0.0)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = with_larger_weights(transformers.ParakeetEncoder(config)).eval()
+    features, mask = torch.randn(B, 8 * T, 80), torch.ones(B, 8 * T, dtype=torch.bool)
+    mask[1:, 6 * T :] = False
+
+    def run(model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        return model(features.to(device), attention_mask=mask.to(device)).last_hidden_state
+
+    return model, run
+
+
+CASES = [
+    Case("Parakeet", f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, T, B, n))
+    for length, T, B, n in AUDIO
+]
