@@ -133,7 +133,7 @@ def test_attention_weights_come_from_its_own_method():
     assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
 
 
-def test_nothing_of_T_by_T_is_made():
+def test_nothing_grows_with_the_number_of_pairs():
     """The largest tensor of a forward and backward grows with the length, not with its square."""
     model = make_encoder(subsampling_factor=2, subsampling_conv_channels=2)
     attention = copied(model)
@@ -165,7 +165,9 @@ def test_gradient_checkpointing():
 
 def test_a_model_on_the_encoder():
     """CTC: the encoder is found inside, the loss is the same."""
-    config = transformers.ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=make_encoder().config.to_dict())
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=11, pad_token_id=10, encoder_config=make_encoder().config.to_dict()
+    )
     model, inputs = randomized(transformers.ParakeetForCTC(config)).eval(), batch(320)
     labels = torch.randint(1, 10, (3, 5))
     wanted = model(**inputs, labels=labels).loss

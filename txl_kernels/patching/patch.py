@@ -77,6 +77,7 @@ def unpatch(model: nn.Module | type[nn.Module]) -> None:
         model: What `patch` was called with, or a part of it. What is not patched stays as it is.
 
     Raises:
+        PatchError: The class of a patched module was derived from since (by ``fully_shard``, say); nothing is changed.
         TypeError: model is neither a module nor a class of modules.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
@@ -87,9 +88,13 @@ def unpatch(model: nn.Module | type[nn.Module]) -> None:
                 else:
                     setattr(model, name, attribute._txl_original)
     elif isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, _Patched):
-                module.__class__ = type(module)._txl_class
+        patched = [(name, module) for name, module in model.named_modules() if isinstance(module, _Patched)]
+        for name, module in patched:
+            if not _is_direct(type(module)):
+                bases = type(module).__mro__
+                raise PatchError(f"model: expected {name or 'it'} as patch left it, got a class of {bases[1].__name__}")
+        for _, module in patched:
+            module.__class__ = type(module)._txl_class
     else:
         got = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"model: expected a torch.nn.Module or a class of modules, got {got}")
@@ -106,8 +111,15 @@ class _Patched:
 
     def __reduce_ex__(self, protocol):
         """The class derived here has no name to be found by: pickles and copies name the original."""
+        if not _is_direct(type(self)):
+            return super().__reduce_ex__(protocol)
         _, _, *state = super().__reduce_ex__(protocol)
         return (_new, (self._txl_class,), *state)
+
+
+def _is_direct(cls: type) -> bool:
+    """Whether cls is what `patch` made, not derived from it (FSDP and parametrizations derive classes, too)."""
+    return "_txl_class" in vars(cls)
 
 
 def _new(cls: type) -> nn.Module:

@@ -47,8 +47,11 @@ class Report(NamedTuple):
         lines = [f"txl_kernels.patch: {len(self.patched)} of {len(self.entries)} modules"]
         kinds = Counter((entry.class_name, entry.action, entry.reason) for entry in self.entries)
         for (class_name, action, reason), count in kinds.items():
-            names = [entry.name for entry in self.entries if (entry.class_name, entry.action, entry.reason) == (
-                class_name, action, reason)]
+            names = [
+                entry.name
+                for entry in self.entries
+                if (entry.class_name, entry.action, entry.reason) == (class_name, action, reason)
+            ]
             where = names[0] if count == 1 else f"{names[0]} ... {names[-1]}"
             why = f": {reason}" if action == "left alone" else f"; its own method serves {reason}" if reason else ""
             lines.append(f"  {count} x {class_name} ({where or 'itself'}): {action}{why}")

@@ -82,9 +82,7 @@ def _encode(
     for layer in self.layers:
         if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
             continue
-        states = layer(
-            states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs
-        )
+        states = layer(states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs)
     return original_code.ParakeetEncoderModelOutput(
         last_hidden_state=states, attention_mask=valid.int() if valid is not None and output_attention_mask else None
     )
