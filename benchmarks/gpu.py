@@ -39,6 +39,8 @@ def parts() -> Iterator[tuple[str, list[str]]]:
         yield f"benchmark-longest-{direction}", ["benchmarks/test_longest.py", "--benchmark-only", "-k", direction]
     for name in ("kept_projections", "evaluation_speed", "memory_helps", "training_speed", "language_model"):
         yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
+    for name in ("families", "longest_audio"):  # what is not installed is skipped
+        yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
 
 
 def run_part(name: str, arguments: list[str], seconds: float) -> bool | None:

@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import report_models, report_peers
+from benchmarks import report_families, report_models, report_peers
 from benchmarks.machine import headline
 from benchmarks.measure import MIB
 from benchmarks.pictures import pyplot, save_figure
@@ -123,6 +123,7 @@ def markdown(results: list[Result], figure: str | None = None) -> str:
         parts.append(bfloat16_table(half))
     parts += report_peers.sections(results, figure)
     parts += report_models.sections(results)
+    parts += report_families.sections(results)
     return "\n\n".join(parts)
 
 

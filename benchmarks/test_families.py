@@ -19,7 +19,7 @@ TOLERANCE = 2e-3  # of the largest state: float32 through every layer, with weig
 def _cases():
     for file, package in PACKAGES.items():
         if importlib.util.find_spec(package) is None:
-            reason = f"{package} is not installed: make families"
+            reason = f"{package} is not installed (tests/patching/requirements.txt)"
             yield pytest.param(None, id=file, marks=pytest.mark.skip(reason=reason))
         else:
             yield from (pytest.param(case, id=f"{case.family}-{case.shape.split(':')[0]}") for case in cases(file))
@@ -61,7 +61,7 @@ def test_families(benchmark, settings, record, case, step):
             "family": case.family,
             "shape": case.shape,
             "step": step,
-            "peak_memory": peak,
+            "peak_bytes": peak,
             "dtype": str(settings.dtype).removeprefix("torch."),
         }
     )

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-# length, frames at 12.5 a second (after subsampling by 8), batch and layers that two cores run in seconds
+FRAMES_PER_SECOND = 12.5
+# length, frames (after subsampling by 8), batch and layers that two cores run in seconds
 AUDIO = (("30 s", 375, 4, 2), ("2 min", 1500, 2, 2), ("10 min", 7500, 1, 1))
 
 

@@ -15,7 +15,9 @@ from tests.patching.tools import (
     randomized,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (tests/patching/requirements.txt)"
+)
 
 C, MELS = 32, 16
 
