@@ -74,7 +74,7 @@ def attend(
     """
     q, q_pos = heads(layer, q), None
     if visible.future:
-        q_pos, positions = _wrapped(q, positions)
+        q_pos, positions = wrapped(q, positions)
     out = rel_attention(
         *(q, k, v, positions.r, positions.content_bias, positions.position_bias),
         is_causal=not visible.future,
@@ -98,7 +98,7 @@ def heads(layer: nn.Module, x: Tensor) -> Tensor:
     return x.unflatten(-1, (layer.n_head, layer.d_head)).movedim(0, -2)
 
 
-def _wrapped(q: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
+def wrapped(q: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
     """The original's position term where the future is visible, as q_pos and what goes with it.
 
     Its rel-shift pads a zero in front of each row of BD and reads on from row to row: distance -1 gets that zero, and
@@ -108,7 +108,7 @@ def _wrapped(q: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
     (T, D), (r, _, position_bias, r_bias) = q.shape[2:], positions
     q_pos = q if position_bias is None else (q + position_bias[:, None]).to(q.dtype)
     q_pos = torch.cat([q_pos, nn.functional.pad(q_pos[:, :, 1:], (0, 0, 0, 1))], dim=-1)
-    r = torch.cat([nn.functional.pad(r, (0, D, 0, 1)), nn.functional.pad(r[:, :T], (D, 0))], dim=1)
+    r = torch.cat([nn.functional.pad(r, (0, D, 0, 1)), nn.functional.pad(r[..., :T, :], (D, 0))], dim=-2)
     if r_bias is not None:
         r_bias = torch.cat([nn.functional.pad(r_bias, (0, 1)), r_bias[:, :T]], dim=1)
     return q_pos, Positions(r, positions.content_bias, None, r_bias)

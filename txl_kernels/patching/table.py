@@ -26,10 +26,38 @@ class Family(NamedTuple):
     versions: tuple[str, str] = ("", "")
 
 
+_ESPNET = ("202301", "202700")
+_NEMO = ("1.23", "4")
+
 # module that defines the classes -> family; "*" is any module
 FAMILIES: dict[str, Family] = {
     "transformers.models.parakeet.modeling_parakeet": Family(
         "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
+    ),
+    "nemo.collections.asr.parts.submodules.multi_head_attention": Family(
+        "nemo",
+        ("RelPositionMultiHeadAttention", "RelPositionMultiHeadAttentionLongformer"),
+        "nemo_toolkit",
+        _NEMO,
+    ),
+    "nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module": Family(
+        "nemo", ("RelPositionMultiHeadAttentionAdapter",), "nemo_toolkit", _NEMO
+    ),
+    "nemo.collections.asr.modules.conformer_encoder": Family("nemo", ("ConformerEncoder",), "nemo_toolkit", _NEMO),
+    "espnet.nets.pytorch_backend.transformer.attention": Family(
+        "espnet",
+        ("RelPositionMultiHeadedAttention", "LegacyRelPositionMultiHeadedAttention"),
+        "espnet",
+        _ESPNET,
+    ),
+    "espnet2.asr.encoder.conformer_encoder": Family("espnet", ("ConformerEncoder",), "espnet", _ESPNET),
+    "espnet2.asr.encoder.multiconvformer_encoder": Family("espnet", ("MultiConvConformerEncoder",), "espnet", _ESPNET),
+    "espnet2.asr.encoder.branchformer_encoder": Family("espnet", ("BranchformerEncoder",), "espnet", _ESPNET),
+    "espnet2.asr.encoder.e_branchformer_encoder": Family("espnet", ("EBranchformerEncoder",), "espnet", _ESPNET),
+    "espnet2.asr.encoder.e_branchformer_ctc_encoder": Family("espnet", ("EBranchformerCTCEncoder",), "espnet", _ESPNET),
+    "espnet2.slu.postencoder.conformer_postencoder": Family("espnet", ("ConformerPostEncoder",), "espnet", _ESPNET),
+    "espnet2.asr_transducer.encoder.modules.attention": Family(
+        "espnet_transducer", ("RelPositionMultiHeadedAttention",), "espnet", _ESPNET
     ),
 }
 

@@ -1,0 +1,117 @@
+"""ESPnet's attention with relative positions, the latest kind and the legacy one (still the default of its Conformers).
+
+The legacy kind has rows for distances from 0 on only, and reads those of the next query for most of a query's future.
+Encoders hand their layers a mask (B, 1, T) of keys, but cut it from a triangle of T x T, at the rate of the features.
+"""
+
+import functools
+import types
+
+import torch
+from espnet.nets.pytorch_backend import nets_utils
+from torch import Tensor, nn
+
+from txl_kernels.functional import rel_attention
+from txl_kernels.layer_steps import Positions, wrapped
+from txl_kernels.patching.padding import KeyPadding, key_padding, of_rows
+from txl_kernels.patching.replacement import Replacement
+
+
+def latest(
+    self: nn.Module, original, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Of `RelPositionMultiHeadedAttention`: query (B, T, C), key (B, S, C), pos_emb (1|B, 2S - 1, C).
+
+    mask (1|B, 1|T, S), True or non-zero = may attend.
+    """
+    return _attend(self, query, key, value, pos_emb, mask, is_legacy=False)
+
+
+def legacy(
+    self: nn.Module, original, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Of `LegacyRelPositionMultiHeadedAttention`: as `latest`, with pos_emb (1|B, S, C)."""
+    return _attend(self, query, key, value, pos_emb, mask, is_legacy=True)
+
+
+def _attend(
+    self: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_emb: Tensor,
+    mask: Tensor | None,
+    *,
+    is_legacy: bool,
+) -> Tensor:
+    q, k, v = self.forward_qkv(query, key, value)
+    S, q_pos = k.shape[2], None
+    r = self.linear_pos(pos_emb).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
+    positions = Positions(r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v, None)
+    if self.zero_triu:  # no position term for the future, as for any distance outside r
+        positions = positions._replace(r=positions.r[..., :S, :])
+    elif is_legacy:
+        q_pos, positions = wrapped(q, positions)
+    visible = _visible(mask, q.shape[0])
+    out = rel_attention(
+        *(q, k, v, positions.r, positions.content_bias, positions.position_bias),
+        is_causal=False,
+        attn_mask=visible.attn_mask,
+        key_lengths=visible.key_lengths,
+        dropout_p=self.dropout.p if self.dropout.training else 0.0,
+        first_distance=S - 1 if self.zero_triu else None,
+        q_pos=q_pos,
+    )
+    self.attn = None  # the weights of an earlier call, which ESPnet plots
+    return self.linear_out(out.transpose(1, 2).flatten(2))
+
+
+def _visible(mask: Tensor | None, B: int) -> KeyPadding:
+    if mask is None:
+        return KeyPadding(None, None)
+    mask = mask.bool()[:, None]
+    keys = of_rows(mask)
+    return KeyPadding(None, mask) if keys is None or keys.shape[0] < B else key_padding(keys)
+
+
+def pad_mask(lengths: Tensor | list[int], *args, **kwargs) -> Tensor:
+    """Of `make_pad_mask`: (B, T) bool, True from each of the lengths (B,) on. With a shape to match, ESPnet's own."""
+    if args or kwargs or isinstance(lengths, list) or lengths.ndim != 1:
+        return nets_utils.make_pad_mask(lengths, *args, **kwargs)
+    return torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+
+
+def encoder(self: nn.Module, original, *args, **kwargs):
+    """Of the encoders: the same steps, with `pad_mask` in place of `make_pad_mask`."""
+    return _with_pad_mask(original.__func__)(self, *args, **kwargs)
+
+
+@functools.cache
+def _with_pad_mask(forward: types.FunctionType) -> types.FunctionType:
+    names = forward.__globals__ | {"make_pad_mask": pad_mask}
+    return types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+def _attends_to_positions(module: nn.Module) -> str | None:
+    """Why an encoder must be left alone, or None."""
+    if any(type(x).__name__ in REPLACEMENTS for x in module.modules() if x is not module):
+        return None
+    return "none of its layers has relative positions"
+
+
+def _encoder(*parameters: str) -> Replacement:
+    return Replacement("forward", encoder, parameters, _attends_to_positions)
+
+
+PARAMETERS = ("query", "key", "value", "pos_emb", "mask")
+INPUTS = ("xs_pad", "ilens", "prev_states")
+REPLACEMENTS = {
+    "RelPositionMultiHeadedAttention": Replacement("forward", latest, PARAMETERS),
+    "LegacyRelPositionMultiHeadedAttention": Replacement("forward", legacy, PARAMETERS),
+    "ConformerEncoder": _encoder(*INPUTS, "masks", "ctc", "return_all_hs"),
+    "MultiConvConformerEncoder": _encoder(*INPUTS, "ctc"),
+    "BranchformerEncoder": _encoder(*INPUTS),
+    "EBranchformerEncoder": _encoder(*INPUTS, "masks", "ctc", "max_layer", "return_all_hs"),
+    "EBranchformerCTCEncoder": _encoder(*INPUTS, "ctc", "max_layer", "prefix_embeds", "memory", "memory_mask"),
+    "ConformerPostEncoder": _encoder("input", "input_lengths"),
+}
