@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from txl_kernels.validation import has_values
+from txl_kernels.patching.per_mask import once_per_mask, readable
 
 
 class KeyPadding(NamedTuple):
@@ -21,10 +20,6 @@ class KeyPadding(NamedTuple):
     attn_mask: Tensor | None
 
 
-# mask -> its version, and what it says
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def key_padding(valid: Tensor) -> KeyPadding:
     """Reads a mask of keys; layers that are handed the same tensor, or views of it, read it once between them.
 
@@ -34,22 +29,17 @@ def key_padding(valid: Tensor) -> KeyPadding:
     Args:
         valid: (B, S) bool, True = may attend.
     """
-    as_mask = KeyPadding(None, valid[:, None, None])
-    if not has_values(valid) or (valid.is_cuda and torch.cuda.is_current_stream_capturing()) or not valid.numel():
-        return as_mask
-    base = valid if valid._base is None else valid._base
-    view = (tuple(valid.shape), valid.stride(), valid.storage_offset())
-    version = -1 if valid.is_inference() else valid._version
-    read_for = (version, view, torch.is_inference_mode_enabled())
-    known_for, known = _known.get(base, (None, None))
-    if known_for != read_for:
-        lengths = valid.view(torch.uint8).argmin(1)  # the first padded key, 0 where there is none
-        lengths = torch.where(valid[:, -1], valid.shape[1], lengths)
-        behind = torch.arange(valid.shape[1], device=valid.device) < lengths[:, None]
-        # in case of padding in front, or within
-        known = KeyPadding(lengths, None) if torch.equal(behind, valid) else as_mask
-        _known[base] = read_for, known
-    return known
+    lengths = _lengths(valid) if readable(valid) and valid.numel() else None
+    return KeyPadding(None, valid[:, None, None]) if lengths is None else KeyPadding(lengths, None)
+
+
+@once_per_mask
+def _lengths(valid: Tensor) -> Tensor | None:
+    """(B,), or None in case of padding in front, or within."""
+    lengths = valid.view(torch.uint8).argmin(1)  # the first padded key, 0 where there is none
+    lengths = torch.where(valid[:, -1], valid.shape[1], lengths)
+    behind = torch.arange(valid.shape[1], device=valid.device) < lengths[:, None]
+    return lengths if torch.equal(behind, valid) else None
 
 
 def of_rows(mask: Tensor) -> Tensor | None:
