@@ -31,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "transformers.models.parakeet.modeling_parakeet": Family(
         "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
     ),
+    "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
 }
 
 # classes of users -> replacement
