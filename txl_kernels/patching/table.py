@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
     ),
     "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
+    "ding.torch_utils.network.gtrxl": Family("ding", ("AttentionXL",), "DI-engine", ("0.4", "0.6")),
 }
 
 # classes of users -> replacement
