@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers"}
+PACKAGES = {"parakeet": "transformers", "speechbrain": "speechbrain", "ding": "ding", "fairseq": "fairseq"}
 
 
 def cases(file: str) -> list[Case]:

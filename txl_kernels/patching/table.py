@@ -58,6 +58,10 @@ FAMILIES: dict[str, Family] = {
     "espnet2.slu.postencoder.conformer_postencoder": Family("espnet", ("ConformerPostEncoder",), "espnet", _ESPNET),
     "espnet2.asr_transducer.encoder.modules.attention": Family(
         "espnet_transducer", ("RelPositionMultiHeadedAttention",), "espnet", _ESPNET
+    "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
+    "ding.torch_utils.network.gtrxl": Family("ding", ("AttentionXL",), "DI-engine", ("0.4", "0.6")),
+    "fairseq.modules.espnet_multihead_attention": Family(
+        "fairseq", ("RelPositionMultiHeadedAttention",), "fairseq", ("0.12", "0.13")
     ),
 }
 

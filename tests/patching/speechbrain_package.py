@@ -1,0 +1,11 @@
+"""SpeechBrain as installed; torchaudio and scipy, which it imports for other things, may be missing."""
+
+from tests.patching.loading import stand_ins
+
+with stand_ins("torchaudio", "torchaudio.transforms", "scipy", "scipy.stats"):
+    from speechbrain.lobes.models.transformer.Conformer import ConformerEncoder
+    from speechbrain.lobes.models.transformer.TransformerASR import EncoderWrapper, TransformerASR
+    from speechbrain.nnet.attention import RelPosEncXL, RelPosMHAXL
+    from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+__all__ = ["ConformerEncoder", "DynChunkTrainConfig", "EncoderWrapper", "RelPosEncXL", "RelPosMHAXL", "TransformerASR"]
