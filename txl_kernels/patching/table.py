@@ -31,6 +31,9 @@ FAMILIES: dict[str, Family] = {
     "transformers.models.parakeet.modeling_parakeet": Family(
         "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
     ),
+    "transformers.models.xlnet.modeling_xlnet": Family(
+        "xlnet", ("XLNetRelativeAttention", "XLNetModel"), "transformers", ("5.0", "6")
+    ),
 }
 
 # classes of users -> replacement
