@@ -205,8 +205,10 @@ REPLACEMENTS = {
     "XLNetModel": Replacement(
         "forward",
         model,
-        ("input_ids", "attention_mask", "mems", "perm_mask", "target_mapping", "token_type_ids", "input_mask")
-        + ("inputs_embeds", "use_mems", "output_attentions", "output_hidden_states", "return_dict", "kwargs"),
+        (
+            *("input_ids", "attention_mask", "mems", "perm_mask", "target_mapping", "token_type_ids", "input_mask"),
+            *("inputs_embeds", "use_mems", "output_attentions", "output_hidden_states", "return_dict", "kwargs"),
+        ),
         own="attention weights",
     ),
 }
