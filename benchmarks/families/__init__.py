@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers", "xlnet": "transformers"}
+PACKAGES = {"parakeet": "transformers", "transformer_xl": "torch", "xlnet": "transformers"}
 
 
 def cases(file: str) -> list[Case]:
