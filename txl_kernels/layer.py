@@ -18,16 +18,14 @@ The ``same_length`` of the original needs no mask: ``window=(mem_len - 1, -1)`` 
 Legend: B batch, H heads, T segment length, M memory length, S = M + T, P rows of r, D head size, C width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from txl_kernels.layer_mask import visibility
 from txl_kernels.layer_steps import (
     Positions,
     attend,
-    heads,
     learned_positions,
-    project_memory,
+    project_keys,
     project_queries,
     projected_positions,
 )
@@ -188,9 +186,7 @@ def _attend(
     (T, B, _), S = w.shape, _kv_len(w, mems)
     visible = visibility(attn_mask, T, S, B).within(window)
     q, kv = project_queries(layer, w)
-    if S > T:
-        kv = torch.cat([project_memory(layer, mems), kv])
-    k, v = (heads(layer, x) for x in kv.chunk(2, dim=-1))
+    k, v = project_keys(layer, kv, mems)
     return attend(layer, w, q, k, v, positions, visible)
 
 

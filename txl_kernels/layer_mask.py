@@ -50,7 +50,7 @@ class Visibility(NamedTuple):
 _known = WeakTensorKeyDictionary()
 
 
-def visibility(attn_mask: Tensor | None, T: int, S: int, B: int) -> Visibility:
+def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bool = False) -> Visibility:
     """Reads a mask of the original, once per mask object: layers that share one share the result.
 
     Synchronises once for a mask object, and again after an edit in place. Inference tensors keep no version,
@@ -63,6 +63,8 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int) -> Visibility:
         T: Number of queries.
         S: Number of keys, S = M + T.
         B: Batch size.
+        batch_first: Whether attn_mask is that of NVIDIA's version in place of these: (1|B, 1|T, 1|S), or for all
+            sequences alike (1|T, 1|S).
 
     Raises:
         TypeError: attn_mask is not a bool or uint8 tensor.
@@ -74,6 +76,8 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int) -> Visibility:
         got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise TypeError(f"attn_mask: expected None or a bool or uint8 tensor, True or 1 = hidden, got {got}")
     hidden = attn_mask[None] if attn_mask.ndim == 2 else attn_mask
+    if batch_first:
+        hidden = hidden.movedim(0, -1)
     if hidden.ndim != 3 or any(n not in (1, size) for n, size in zip(hidden.shape, (T, S, B), strict=True)):
         raise ValueError(
             f"attn_mask: expected None, (T, S, 1) = ({T}, {S}, 1), (T, S, B) = ({T}, {S}, {B}) or "
@@ -86,7 +90,7 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int) -> Visibility:
         return _as_mask(hidden, future=True)
     version = -1 if attn_mask.is_inference() else attn_mask._version
     # what is made in inference mode can't be saved for a backward
-    read_for = (version, T, S, B, torch.is_inference_mode_enabled())
+    read_for = (version, T, S, B, batch_first, torch.is_inference_mode_enabled())
     known_for, known = _known.get(attn_mask, (None, None))
     if known_for != read_for:
         known = _read(hidden, T, S)

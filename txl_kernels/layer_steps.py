@@ -55,6 +55,14 @@ def project_memory(layer: nn.Module, states: Tensor) -> Tensor:
     return nn.functional.linear(_normed(layer, states), weight)
 
 
+def project_keys(layer: nn.Module, kv: Tensor, mems: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k and v (B, H, S, D) of memory (M, B, C), or None, and of the segment, whose kv `project_queries` gave."""
+    if mems is not None and mems.shape[0]:
+        kv = torch.cat([project_memory(layer, mems), kv])
+    k, v = (heads(layer, x) for x in kv.chunk(2, dim=-1))
+    return k, v
+
+
 def attend(
     layer: nn.Module, w: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Positions, visible: Visibility
 ) -> Tensor:
@@ -72,10 +80,17 @@ def attend(
     Returns:
         Hidden states (T, B, C).
     """
+    return output(layer, w, weighted_values(layer, q, k, v, positions, visible)[0])
+
+
+def weighted_values(
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, positions: Positions, visible: Visibility
+) -> tuple[Tensor, Tensor]:
+    """What `rel_attention` gives, out (B, H, T, D) and lse (B, H, T). Arguments as in `attend`."""
     q, q_pos = heads(layer, q), None
     if visible.future:
         q_pos, positions = wrapped(q, positions)
-    out = rel_attention(
+    return rel_attention(
         *(q, k, v, positions.r, positions.content_bias, positions.position_bias),
         is_causal=not visible.future,
         window=visible.window,
@@ -84,7 +99,12 @@ def attend(
         scale=layer.scale,
         q_pos=q_pos,
         r_bias=positions.r_bias,
+        return_lse=True,
     )
+
+
+def output(layer: nn.Module, w: Tensor, out: Tensor) -> Tensor:
+    """Hidden states (T, B, C) of those of the segment and what its queries found, out (B, H, T, D)."""
     out = w + layer.drop(layer.o_net(out.permute(2, 0, 1, 3).flatten(2)))
     return out if layer.pre_lnorm else layer.layer_norm(out)
 

@@ -28,7 +28,14 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers", "speechbrain": "speechbrain", "ding": "ding", "fairseq": "fairseq"}
+PACKAGES = {
+    "transformer_xl": "torch",
+    "xlnet": "transformers",
+    "parakeet": "transformers",
+    "speechbrain": "speechbrain",
+    "fairseq": "fairseq",
+    "ding": "ding",
+}
 
 
 def cases(file: str) -> list[Case]:

@@ -58,11 +58,20 @@ FAMILIES: dict[str, Family] = {
     "espnet2.slu.postencoder.conformer_postencoder": Family("espnet", ("ConformerPostEncoder",), "espnet", _ESPNET),
     "espnet2.asr_transducer.encoder.modules.attention": Family(
         "espnet_transducer", ("RelPositionMultiHeadedAttention",), "espnet", _ESPNET
+    ),
     "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
     "ding.torch_utils.network.gtrxl": Family("ding", ("AttentionXL",), "DI-engine", ("0.4", "0.6")),
     "fairseq.modules.espnet_multihead_attention": Family(
         "fairseq", ("RelPositionMultiHeadedAttention",), "fairseq", ("0.12", "0.13")
     ),
+    "transformers.models.xlnet.modeling_xlnet": Family(
+        "xlnet", ("XLNetRelativeAttention", "XLNetModel"), "transformers", ("5.0", "6")
+    ),
+    # in transformers 4.38 its models stopped running, in 5.0 they were removed
+    "transformers.models.deprecated.transfo_xl.modeling_transfo_xl": Family(
+        "transfo_xl", ("RelPartialLearnableMultiHeadAttn",), "transformers", ("4.36", "4.38")
+    ),
+    "*": Family("transformer_xl", ("RelPartialLearnableMultiHeadAttn", "RelLearnableMultiHeadAttn")),
 }
 
 # classes of users -> replacement
@@ -100,6 +109,8 @@ def find(cls: type) -> tuple[type, Replacement | str] | None:
     for base in cls.__mro__:
         if base in _registered:
             return base, _registered[base]
+        if base.__module__.startswith("txl_kernels."):
+            return None  # fused as it is, whatever its name
         for module in (base.__module__, "*"):
             family = FAMILIES.get(module)
             if family is not None and base.__qualname__ in family.classes:
