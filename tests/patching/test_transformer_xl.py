@@ -259,7 +259,7 @@ def test_heads_of_more_than_128_with_a_visible_future():
         assert torch.equal(copied(layer)(**inputs), wanted)
 
 
-def test_nothing_grows_with_the_number_of_pairs():  # noqa: N802
+def test_nothing_grows_with_the_number_of_pairs():
     """Views of the caller's mask count as large as it is."""
     layer = reference.layer.RelPartialLearnableMultiHeadAttn(H, 12, D, dropout=0.0)
     inputs, mask = inputs_of(layer, 1024, 1024, torch.float32), original_mask(1024, 1024)

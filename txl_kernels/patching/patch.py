@@ -143,6 +143,8 @@ def _new_method(cls: type, replacement: Replacement):
     def method(self, *args, **kwargs):
         return function(self, original.__get__(self), *args, **kwargs)
 
+    # torch.compile counts what it compiles by code object: each class has its own
+    method.__code__ = method.__code__.replace(co_name=replacement.method)
     method._txl_original = original
     method._txl_inherited = replacement.method not in vars(cls)
     return method
