@@ -113,15 +113,6 @@ def product_dtype(inputs: Inputs, options: Options) -> torch.dtype:
     return dtype if in_half and inputs.r_bias is None and not terms.needed(inputs, options) else sum_dtype(dtype)
 
 
-def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of the last dimension, in place: the log-sum-exp and the maximum that the rows had."""
-    dtype = sum_dtype(scores.dtype)
-    row_max = cast(scores.amax(-1), dtype)
-    torch.softmax(scores, -1, out=scores)
-    # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
-    return row_max - cast(scores.amax(-1), dtype).log_(), row_max
-
-
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16."""
