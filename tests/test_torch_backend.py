@@ -254,6 +254,23 @@ def test_bfloat16_products(T, M, features, in_hardware, monkeypatch):
     assert (torch.bfloat16 in used) == in_hardware
 
 
+@pytest.mark.parametrize(
+    ("features", "batched"),
+    # Products of r that is not time-major, of one head or with a width of its own, are ordinary ones.
+    [((), 0), (("bidirectional",), 0), (("window",), 0), (("grouped heads",), 0), (("shared r",), 1),
+     (("position query",), 1)],
+)  # fmt: skip
+def test_bfloat16_of_one_query_reads_time_major_keys_in_order(features, batched, monkeypatch):
+    """All heads in one product, not in a batched one."""
+    monkeypatch.setattr(tiles, "cpu_multiplies_bfloat16", lambda: True)
+    inputs, options = make_problem(frozenset(features), 3, T=1, M=100, D=24, dtype=torch.bfloat16, layout="tbhd")
+    tensors, numbers = backend_call(inputs, **options)
+    with CountProducts() as seen:
+        forward(tensors, numbers)
+    assert seen.count == batched
+    assert_right(inputs, **options)
+
+
 @pytest.mark.parametrize("wanted", SIX)
 def test_each_gradient_alone(wanted, tiling):
     inputs = make_inputs(2, 2, 21, 13, 8)

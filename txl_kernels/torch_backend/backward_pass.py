@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
+from txl_kernels.torch_backend import one_piece
 from txl_kernels.torch_backend.terms import cut, part
 from txl_kernels.torch_backend.tiles import ALL, Tile, cast, groups, spans, sum_dtype
 
@@ -36,6 +37,9 @@ def backward(
         Their gradients, None where not wanted.
     """
     wanted = {name: x for name, x, needed in zip(DIFFERENTIABLE, inputs, needs_grad, strict=False) if needed}
+    if (piece := one_piece.one_piece(inputs, options, for_backward=True)) is not None:
+        grads = one_piece.backward(piece, dout, dlse, wanted)
+        return [grads.get(name) for name in DIFFERENTIABLE]
     T, S = inputs.q.shape[2], inputs.k.shape[2]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale
     # q, q_pos, k and v are done with one group; what several add to stays in the dtype of sums until the end.
