@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.accuracy import outputs_and_gradients
@@ -49,10 +48,10 @@ def seeded(function, **arguments):
 
 def recorded(monkeypatch, **arguments):
     """What a call of rel_attention hands to the operator."""
-    calls, call = [], op.call
-    monkeypatch.setattr(op, "call", lambda *args: calls.append(args) or call(*args))
+    calls, operator = [], op.rel_attention
+    monkeypatch.setattr(op, "rel_attention", lambda *args: calls.append(args) or operator(*args))
     rel_attention(**arguments)
-    monkeypatch.setattr(op, "call", call)
+    monkeypatch.setattr(op, "rel_attention", operator)
     return calls[0]
 
 
@@ -226,41 +225,6 @@ def test_second_derivatives_raise(combination):
     (dq,) = torch.autograd.grad(rel_attention(**arguments(inputs, options)).sum(), [inputs["q"]], create_graph=True)
     with pytest.raises(NotImplementedError, match="rel_attention: second derivatives"):
         dq.sum().backward()
-
-
-class Operators(TorchDispatchMode):
-    """Counts the calls of operators of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "txl_kernels":
-            self.seen.append(function)
-        return function(*args, **(kwargs or {}))
-
-
-def test_modes_see_the_operators_and_plain_calls_skip_them():
-    inputs, _ = problem("plain")
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    with Operators() as operators:
-        torch.autograd.grad(rel_attention(**inputs).sum(), list(inputs.values()))
-    assert operators.seen == [op.rel_attention, op.rel_attention_backward]
-
-    with Operators() as operators:
-        out = rel_attention(**inputs)
-    torch.autograd.grad(out.sum(), list(inputs.values()))
-    assert operators.seen == [op.rel_attention]
-
-    out = rel_attention(**inputs)
-    with Operators() as operators:  # a mode that is entered between forward and backward
-        torch.autograd.grad(out.sum(), list(inputs.values()))
-    assert operators.seen == [op.rel_attention_backward]
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        torch.autograd.grad(rel_attention(**inputs).sum(), list(inputs.values()))
-    assert not [event.key for event in profiler.key_averages() if event.key.startswith("txl_kernels::")]
 
 
 def test_forward_mode_is_refused():

@@ -4,8 +4,7 @@ Both devices and both backends sit behind one operator. Of the routes through au
 with an empty body (forward without gradient / with gradient / with gradient and backward):
 `torch.library.register_autograd` 9 / 46 / 120 us, an `autograd.Function` in front of a raw operator 4 / 15 / 76 us,
 an `autograd.Function` inside the operator's own Autograd kernel 8 / 19 / 81 us. The last is used: 4 us more than
-the fastest buy an operator that is differentiable by itself, traced and exported as one node. But a call that
-nobody else is to see (`call`) does without the dispatcher: 30 us less for forward and backward.
+the fastest buy an operator that is differentiable by itself, traced and exported as one node.
 """
 
 import functools
@@ -103,8 +102,7 @@ def _backward(dout, dlse, *args):
     dout, options = _unit_last_stride(dout), Options(*options)
     backward = functools.partial(_backend_module(backend).backward, dout, dlse)
     grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad)
-    pairs = zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)
-    return [grad if grad.ndim == x.ndim else grad.view(x.shape) for grad, x in pairs]
+    return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
 def _backward_fake(dout, dlse, *args):
@@ -119,12 +117,12 @@ def _wanted(tensors, needs_grad: list[bool]) -> list[Tensor]:
 
 class _RelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, *args):
+    def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward(*args)
+            out, lse = rel_attention(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_N_INPUTS], out, lse)
-        ctx.is_plain, ctx.options = forward is _forward, args[_N_INPUTS:]
+        ctx.options = args[_N_INPUTS:]
         return out, lse
 
     @staticmethod
@@ -132,11 +130,9 @@ class _RelAttention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        needs_grad = list(ctx.needs_input_grad[1 : 1 + _N_DIFFERENTIABLE])
-        is_plain = ctx.is_plain and not torch.is_grad_enabled() and _is_plain((dout, dlse))
-        backward = _backward if is_plain else rel_attention_backward
-        grads = iter(backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad))
-        return None, *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
+        needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad))
+        return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
 _NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + len(Options._fields) + 1)
@@ -164,38 +160,11 @@ def _needs_autograd(tensors) -> bool:
     return False
 
 
-# What the dispatcher sees of a plain call: a device, autograd, and autocast, which the operators leave alone.
-_PLAIN_KEYS = 0
-for _name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
-    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name)).raw_repr()
-_PLAIN_KEYS |= torch._C._dispatch_tls_local_include_set().raw_repr()
-
-
-def _is_plain(tensors) -> bool:
-    """Whether no mode, transform, tracer or tensor subclass is to see a call with these tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
-    for x in tensors:
-        if x is not None:
-            keys |= torch._C._dispatch_keys(x).raw_repr()
-    return not keys & ~_PLAIN_KEYS
-
-
-def call(*args):
-    """rel_attention(*args), by function calls where the dispatcher would do the same."""
-    return _with_autograd(_forward, *args) if _is_plain(args[:_N_INPUTS]) else rel_attention(*args)
-
-
-def _with_autograd(forward, *args):
-    if _needs_autograd(args[:_N_DIFFERENTIABLE]):
-        return _RelAttention.apply(forward, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(*args)
-
-
 def _forward_autograd(*args):
-    return _with_autograd(rel_attention, *args)
+    if _needs_autograd(args[:_N_DIFFERENTIABLE]):
+        return _RelAttention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return rel_attention(*args)
 
 
 def _backward_autograd(*args):
