@@ -27,7 +27,13 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers", "speechbrain": "speechbrain", "ding": "ding", "fairseq": "fairseq"}
+PACKAGES = {
+    "parakeet": "transformers",
+    "speechbrain": "speechbrain",
+    "ding": "ding",
+    "fairseq": "fairseq",
+    "rllib": "ray",
+}
 
 
 def cases(file: str) -> list[Case]:
