@@ -47,12 +47,15 @@ resources: $(VENV)/ready
 clean:
 	rm -rf $(VENV) $(VENV)-transfo-xl .pytest_cache .ruff_cache .benchmarks build dist *.egg-info
 
-# Last come the packages whose models `patch` knows. Where one cannot be installed its tests are skipped; not so in CI.
-$(VENV)/ready: pyproject.toml constraints.txt tests/patching/requirements.txt
+# Last come the packages whose models `patch` knows. Where they cannot be installed their tests are skipped; in CI that
+# may happen to what is built from source only.
+$(VENV)/ready: pyproject.toml constraints.txt tests/patching/requirements.txt tests/patching/requirements-source.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/patching/requirements.txt \
 		|| test -z "$$CI"
+	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/patching/requirements-source.txt
 	touch $@
 
 $(VENV)-transfo-xl/ready: tests/patching/requirements-transfo-xl.txt

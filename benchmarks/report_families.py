@@ -9,7 +9,7 @@ def families_table(results: list[Result]) -> str:
     """A Markdown table: a row for each model and length, with its forward and its training step."""
     rows: dict[tuple[str, str], dict[str, Result]] = {}
     for x in results:
-        rows.setdefault((x["family"], x["shape"]), {})[x["step"]] = x
+        rows.setdefault((x["family"], x["length"]), {})[x["step"]] = x
     lines = [
         f"Models of others, their own code against the same model after `txl_kernels.patch`, in {results[0]['dtype']}: "
         "small models at lengths that people use, the whole forward without gradient and the whole training step "
@@ -19,8 +19,8 @@ def families_table(results: list[Result]) -> str:
         "patched ms | speed-up | own MiB | patched MiB |",
         f"|---|---|{'--:|' * 10}",
     ]
-    for (family, shape), steps in rows.items():
-        cells = [family, shape]
+    for (family, length), steps in rows.items():
+        cells = [family, length]
         for step in ("forward", "training step"):
             if step not in steps:
                 cells += [""] * 5

@@ -59,7 +59,7 @@ def test_families(benchmark, settings, record, case, step):
         comparison.results()
         | {
             "family": case.family,
-            "shape": case.shape,
+            "length": case.shape,
             "step": step,
             "peak_bytes": peak,
             "dtype": str(settings.dtype).removeprefix("torch."),

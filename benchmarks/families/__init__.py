@@ -35,6 +35,7 @@ PACKAGES = {
     "speechbrain": "speechbrain",
     "fairseq": "fairseq",
     "ding": "ding",
+    "rllib": "ray",
 }
 
 

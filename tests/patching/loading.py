@@ -14,7 +14,7 @@ import pytest
 def skip_without(package: str) -> None:
     """As ``pytest.importorskip``, for what can't be imported as a whole."""
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: make families", allow_module_level=True)
+        pytest.skip(f"{package} is not installed (tests/patching/requirements.txt)", allow_module_level=True)
 
 
 @contextlib.contextmanager

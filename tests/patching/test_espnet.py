@@ -15,7 +15,7 @@ from tests.patching.tools import (
     randomized,
 )
 
-pytest.importorskip("espnet", reason="espnet is not installed: make families")
+pytest.importorskip("espnet", reason="espnet is not installed (tests/patching/requirements.txt)")
 
 from espnet.nets.pytorch_backend import nets_utils
 from espnet.nets.pytorch_backend.transformer import attention as own_code

@@ -12,7 +12,7 @@ from tests.patching.tools import (
     randomized,
 )
 
-pytest.importorskip("espnet", reason="espnet is not installed: make families")
+pytest.importorskip("espnet", reason="espnet is not installed (tests/patching/requirements.txt)")
 
 from espnet2.asr_transducer.encoder import encoder as own_code
 from espnet2.asr_transducer.encoder.modules.attention import RelPositionMultiHeadedAttention

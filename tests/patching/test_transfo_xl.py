@@ -10,7 +10,7 @@ from tests.patching.tools import assert_alike, assert_same_dropout, assert_same_
 
 pytest.importorskip(
     "transformers.models.deprecated.transfo_xl.modeling_transfo_xl",
-    reason="transformers has no TransfoXL: make families installs 4.37.2 in an environment of its own",
+    reason="transformers has no TransfoXL: make test-transfo-xl",
 )
 
 T, B = 5, 2

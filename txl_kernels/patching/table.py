@@ -61,6 +61,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
     "ding.torch_utils.network.gtrxl": Family("ding", ("AttentionXL",), "DI-engine", ("0.4", "0.6")),
+    "ray.rllib.models.torch.modules.relative_multi_head_attention": Family(
+        "rllib", ("RelativeMultiHeadAttention",), "ray", ("2.0", "3")
+    ),
     "fairseq.modules.espnet_multihead_attention": Family(
         "fairseq", ("RelPositionMultiHeadedAttention",), "fairseq", ("0.12", "0.13")
     ),
