@@ -13,7 +13,9 @@ from tests.patching.tools import (
     randomized,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (tests/patching/requirements.txt)")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (tests/patching/requirements.txt)"
+)
 
 C, H, D = 32, 4, 8
 B, T = 4, 13
