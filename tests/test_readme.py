@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from txl_kernels import rel_attention
+import txl_kernels
+from txl_kernels import patching, rel_attention
 
 B, H, T, M, D = 2, 3, 5, 4, 8
 S = M + T
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+REQUIREMENTS = "\n".join(x.read_text() for x in [*(ROOT / "tests" / "patching").glob("*.txt"), ROOT / "pyproject.toml"])
 
 
 def snippets(section):
@@ -98,3 +101,42 @@ def test_language_model():
     wanted, *_ = variables["model"](tokens[:130], tokens[1:131])
     picked = variables["log_probs"][0, tokens[130, 0]]
     torch.testing.assert_close(-picked, wanted[-1, 0].detach())
+
+
+def test_families():
+    """Every class that `patch` knows is in the table, and the versions are those that the tests install."""
+    rows = README.split("| models | package")[1].split("\n\n")[0]
+    for name in patching.table.known_classes():
+        assert f"`{name}`" in rows or name.endswith("Encoder"), name
+    for pinned in re.findall(r"^([\w-]+)==(\S+)$", REQUIREMENTS, re.M):
+        package, version = pinned
+        if package in {family.package for family in patching.table.FAMILIES.values()}:
+            assert re.search(rf"{package}.*\({version}", rows), pinned
+
+
+def test_a_class_of_one_s_own():
+    class MyAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkvr, self.output = torch.nn.Linear(H * D, 3 * H * D), torch.nn.Linear(H * D, H * D)
+            self.r, self.u, self.v = (torch.nn.Parameter(draw(*n).float()) for n in ((H, 2 * T - 1, D), (H, D), (H, D)))
+
+        def project(self, x):
+            return *self.qkvr(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4), self.r
+
+        def forward(self, x, mask=None, return_weights=False):
+            q, k, v, r = self.project(x)
+            bd, _ = shifted(torch.einsum("bhid,hpd->bhip", q + self.v[:, None], r), T, T - 1)
+            p = (((q + self.u[:, None]) @ k.mT + bd) / D**0.5).softmax(-1)
+            return self.output((p @ v).transpose(1, 2).flatten(2)), p if return_weights else None
+
+    model, x = MyAttention(), draw(B, T, H * D).float()
+    wanted, weights = model(x, return_weights=True)
+    first, own = snippets("Models that people already have")
+    exec(own, {"txl_kernels": txl_kernels, "MyAttention": MyAttention})
+    variables = {"model": model}
+    exec(first, variables)
+    assert "MyAttention[txl_kernels]" in str(model)
+    torch.testing.assert_close(model(x)[0], wanted)
+    torch.testing.assert_close(model(x, return_weights=True)[1], weights)
+    del patching.table._registered[MyAttention]
