@@ -2,13 +2,13 @@
 
 import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.layer_tools import CountOps, original_mask, same_length_mask
-from txl_kernels import layer_mask
 from txl_kernels.layer_mask import Visibility, visibility
 
 CAUSAL = Visibility()
@@ -162,16 +162,14 @@ def test_a_mask_first_seen_in_inference_mode_can_be_trained_with():
 
 
 def test_a_freed_mask_is_forgotten():
-    gc.collect()
-    before = len(layer_mask._known)
     masks = [original_mask(4, M) for M in range(3)]
     masks[0][:, 0] = True
-    for M, mask in enumerate(masks):
-        visibility(mask, 4, 4 + M, 3)
-    assert len(layer_mask._known) == before + 3
-    del mask, masks
+    said = [visibility(mask, 4, 4 + M, 3).attn_mask for M, mask in enumerate(masks)]
+    gone = [weakref.ref(x) for x in (*masks, said[0])]
+    assert said[0] is visibility(masks[0], 4, 4, 3).attn_mask
+    del masks, said
     gc.collect()
-    assert len(layer_mask._known) == before
+    assert [x() for x in gone] == [None] * 4
 
 
 def largest_allocation(function):

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from txl_kernels.validation import has_values
+from txl_kernels.per_mask import once_per_mask, readable
 
 
 class Visibility(NamedTuple):
@@ -44,10 +43,6 @@ class Visibility(NamedTuple):
         if self.window is not None and not 0 <= window[0] < self.window[0]:
             window = (self.window[0], window[1])
         return self._replace(window=window)
-
-
-# mask -> its version and the lengths it was read for, and what it says: an edit in place changes the version
-_known = WeakTensorKeyDictionary()
 
 
 def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bool = False) -> Visibility:
@@ -75,9 +70,7 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bo
     if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (torch.bool, torch.uint8):
         got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise TypeError(f"attn_mask: expected None or a bool or uint8 tensor, True or 1 = hidden, got {got}")
-    hidden = attn_mask[None] if attn_mask.ndim == 2 else attn_mask
-    if batch_first:
-        hidden = hidden.movedim(0, -1)
+    hidden = _time_major(attn_mask, batch_first)
     if hidden.ndim != 3 or any(n not in (1, size) for n, size in zip(hidden.shape, (T, S, B), strict=True)):
         raise ValueError(
             f"attn_mask: expected None, (T, S, 1) = ({T}, {S}, 1), (T, S, B) = ({T}, {S}, {B}) or "
@@ -85,25 +78,21 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bo
         )
     if not T * S * B:
         return Visibility()
-    capturing = attn_mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or attn_mask.is_meta or not has_values(attn_mask):
-        return _as_mask(hidden, future=True)
-    version = -1 if attn_mask.is_inference() else attn_mask._version
-    # what is made in inference mode can't be saved for a backward
-    read_for = (version, T, S, B, batch_first, torch.is_inference_mode_enabled())
-    known_for, known = _known.get(attn_mask, (None, None))
-    if known_for != read_for:
-        known = _read(hidden, T, S)
-        _known[attn_mask] = read_for, known
-    return known
+    return _read(attn_mask, T, S, batch_first) if readable(attn_mask) else _as_mask(hidden, future=True)
 
 
 def _as_mask(hidden: Tensor, future: bool) -> Visibility:
     return Visibility(attn_mask=hidden.logical_not().permute(2, 0, 1)[:, None], future=future)
 
 
-def _read(hidden: Tensor, T: int, S: int) -> Visibility:
-    M = S - T
+def _time_major(attn_mask: Tensor, batch_first: bool) -> Tensor:
+    hidden = attn_mask[None] if attn_mask.ndim == 2 else attn_mask
+    return hidden.movedim(0, -1) if batch_first else hidden
+
+
+@once_per_mask
+def _read(attn_mask: Tensor, T: int, S: int, batch_first: bool) -> Visibility:
+    hidden, M = _time_major(attn_mask, batch_first), S - T
     entries = hidden.view(torch.uint8).expand(T, S, -1)
     segment, memory = entries[:, M:], entries[:, :M]
     # argmin and argmax give the first of equal entries

@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 
+from txl_kernels.patching.masks import allowed, window_of
 from txl_kernels.patching.padding import key_padding
-from txl_kernels.patching.per_mask import allowed, once_per_mask, window_of
+from txl_kernels.per_mask import once_per_mask
 
 
 def hidden_pairs(T: int, S: int, left: int, right: int) -> torch.Tensor:

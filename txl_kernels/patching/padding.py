@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from txl_kernels.patching.per_mask import once_per_mask, readable
+from txl_kernels.per_mask import once_per_mask, readable
 
 
 class KeyPadding(NamedTuple):
@@ -27,7 +27,7 @@ def key_padding(valid: Tensor) -> KeyPadding:
     where entries can't be read, the mask serves as a mask.
 
     Args:
-        valid: (B, S) bool, True = may attend; of a mask that has it the other way round, `per_mask.allowed` of it.
+        valid: (B, S) bool, True = may attend; of a mask that has it the other way round, `masks.allowed` of it.
     """
     lengths = _lengths(valid) if readable(valid) and valid.numel() else None
     return KeyPadding(None, valid[:, None, None]) if lengths is None else KeyPadding(lengths, None)

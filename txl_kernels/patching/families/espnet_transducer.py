@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
+from txl_kernels.patching.masks import allowed
 from txl_kernels.patching.padding import key_padding
-from txl_kernels.patching.per_mask import allowed
 from txl_kernels.patching.replacement import Replacement, warn_own
 
 

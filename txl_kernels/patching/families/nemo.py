@@ -13,9 +13,9 @@ from nemo.utils import avoid_float16_autocast_context
 from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
+from txl_kernels.patching.masks import allowed
 from txl_kernels.patching.padding import key_padding
 from txl_kernels.patching.patch import is_patched
-from txl_kernels.patching.per_mask import allowed
 from txl_kernels.patching.replacement import Replacement
 
 
