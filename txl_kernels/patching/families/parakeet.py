@@ -12,6 +12,7 @@ from transformers.models.parakeet import modeling_parakeet as original_code
 
 from txl_kernels.functional import rel_attention
 from txl_kernels.patching.dead_rows import mean_of_values
+from txl_kernels.patching.huggingface import wants_weights
 from txl_kernels.patching.patch import is_patched
 from txl_kernels.patching.replacement import Replacement, warn_own
 
@@ -82,9 +83,7 @@ def _encode(
     for layer in self.layers:
         if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
             continue
-        states = layer(
-            states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs
-        )
+        states = layer(states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs)
     return original_code.ParakeetEncoderModelOutput(
         last_hidden_state=states, attention_mask=valid.int() if valid is not None and output_attention_mask else None
     )
@@ -95,11 +94,6 @@ def encoder(self: nn.Module, original, *args, **kwargs):
     if wants_weights(self, kwargs) or not all(is_patched(layer.self_attn) for layer in self.layers):
         return original(*args, **kwargs)
     return _encode(self, *args, **kwargs)
-
-
-def wants_weights(module: nn.Module, kwargs: dict) -> bool:
-    """Whether the call asks for attention weights."""
-    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
 
 
 def heads(module: nn.Module, x: Tensor) -> Tensor:
