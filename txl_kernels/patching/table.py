@@ -31,6 +31,21 @@ FAMILIES: dict[str, Family] = {
     "transformers.models.parakeet.modeling_parakeet": Family(
         "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
     ),
+    "transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer": Family(
+        "wav2vec2_conformer",
+        ("Wav2Vec2ConformerSelfAttention", "Wav2Vec2ConformerEncoder"),
+        "transformers",
+        ("5.20", "6"),
+    ),
+    "transformers.models.wav2vec2_bert.modeling_wav2vec2_bert": Family(
+        "wav2vec2_conformer", ("Wav2Vec2BertSelfAttention", "Wav2Vec2BertEncoder"), "transformers", ("5.20", "6")
+    ),
+    "transformers.models.seamless_m4t.modeling_seamless_m4t": Family(
+        "wav2vec2_conformer",
+        ("SeamlessM4TConformerSelfAttention", "SeamlessM4TConformerEncoder"),
+        "transformers",
+        ("5.20", "6"),
+    ),
 }
 
 # classes of users -> replacement
