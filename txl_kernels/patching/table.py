@@ -46,6 +46,15 @@ FAMILIES: dict[str, Family] = {
         "transformers",
         ("5.20", "6"),
     ),
+    "transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer": Family(
+        "fastspeech2", ("FastSpeech2ConformerAttention", "FastSpeech2ConformerEncoder"), "transformers", ("5.0", "6")
+    ),
+    "transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming": Family(
+        "nemotron",
+        ("NemotronAsrStreamingEncoderAttention", "NemotronAsrStreamingEncoder"),
+        "transformers",
+        ("5.15", "6"),
+    ),
 }
 
 # classes of users -> replacement
