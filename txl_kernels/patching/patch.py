@@ -50,6 +50,8 @@ def patch(model: nn.Module | type[nn.Module], *, strict: bool = False) -> Report
         if found is None:
             continue
         known, replacement = found
+        if not isinstance(replacement, str) and isinstance(target, nn.Module) and not replacement.applies(target):
+            continue
         if not isinstance(replacement, str) and is_patched(cls, replacement.method):
             action, reason = "already patched", replacement.own
         else:

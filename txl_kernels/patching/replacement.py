@@ -11,6 +11,11 @@ def _fits(module: nn.Module) -> None:
     """Every instance is patched."""
 
 
+def _every(module: nn.Module) -> bool:
+    """Every instance has this attention."""
+    return True
+
+
 class Replacement(NamedTuple):
     """A method of somebody's class, and the function that takes its place.
 
@@ -22,6 +27,8 @@ class Replacement(NamedTuple):
             has others is left alone.
         check: Returns why an instance must be left alone (a configuration with another attention), or None.
         own: Requests that the module's own method serves, for the report ("attention weights").
+        applies: Whether an instance has relative attention at all; others are passed over, in the report too (the
+            attention of an adapter, which is built from the same class without positions).
     """
 
     method: str
@@ -29,6 +36,7 @@ class Replacement(NamedTuple):
     parameters: tuple[str, ...]
     check: Callable[[nn.Module], str | None] = _fits
     own: str = ""
+    applies: Callable[[nn.Module], bool] = _every
 
 
 _warned: set[tuple[str, str]] = set()

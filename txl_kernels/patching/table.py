@@ -26,55 +26,63 @@ class Family(NamedTuple):
     versions: tuple[str, str] = ("", "")
 
 
-_ESPNET = ("202301", "202700")
-_NEMO = ("1.23", "4")
+_ESPNET = ("espnet", ("202301", "202700"))
+_NEMO = ("nemo_toolkit", ("1.23", "4"))
+_HF = "transformers.models"
+_HF_5 = ("transformers", ("5.0", "6"))
+_HF_5_20 = ("transformers", ("5.20", "6"))
 
 # module that defines the classes -> family; "*" is any module
 FAMILIES: dict[str, Family] = {
-    "transformers.models.parakeet.modeling_parakeet": Family(
-        "parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), "transformers", ("5.0", "6")
+    "*": Family("transformer_xl", ("RelPartialLearnableMultiHeadAttn", "RelLearnableMultiHeadAttn")),
+    # in transformers 4.38 its models stopped running, in 5.0 they were removed
+    f"{_HF}.deprecated.transfo_xl.modeling_transfo_xl": Family(
+        "transfo_xl", ("RelPartialLearnableMultiHeadAttn",), "transformers", ("4.36", "4.38")
+    ),
+    f"{_HF}.xlnet.modeling_xlnet": Family("xlnet", ("XLNetRelativeAttention", "XLNetModel"), *_HF_5),
+    f"{_HF}.parakeet.modeling_parakeet": Family("parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), *_HF_5),
+    f"{_HF}.nemotron_asr_streaming.modeling_nemotron_asr_streaming": Family(
+        "nemotron", ("NemotronAsrStreamingEncoderAttention", "NemotronAsrStreamingEncoder"), "transformers", ("5.15", "6")
+    ),
+    f"{_HF}.wav2vec2_conformer.modeling_wav2vec2_conformer": Family(
+        "wav2vec2_conformer", ("Wav2Vec2ConformerSelfAttention", "Wav2Vec2ConformerEncoder"), *_HF_5_20
+    ),
+    f"{_HF}.wav2vec2_bert.modeling_wav2vec2_bert": Family(
+        "wav2vec2_conformer", ("Wav2Vec2BertSelfAttention", "Wav2Vec2BertEncoder"), *_HF_5_20
+    ),
+    f"{_HF}.seamless_m4t.modeling_seamless_m4t": Family(
+        "wav2vec2_conformer", ("SeamlessM4TConformerSelfAttention", "SeamlessM4TConformerEncoder"), *_HF_5_20
+    ),
+    f"{_HF}.fastspeech2_conformer.modeling_fastspeech2_conformer": Family(
+        "fastspeech2", ("FastSpeech2ConformerAttention", "FastSpeech2ConformerEncoder"), *_HF_5
     ),
     "nemo.collections.asr.parts.submodules.multi_head_attention": Family(
-        "nemo",
-        ("RelPositionMultiHeadAttention", "RelPositionMultiHeadAttentionLongformer"),
-        "nemo_toolkit",
-        _NEMO,
+        "nemo", ("RelPositionMultiHeadAttention", "RelPositionMultiHeadAttentionLongformer"), *_NEMO
     ),
     "nemo.collections.asr.parts.submodules.adapters.multi_head_attention_adapter_module": Family(
-        "nemo", ("RelPositionMultiHeadAttentionAdapter",), "nemo_toolkit", _NEMO
+        "nemo", ("RelPositionMultiHeadAttentionAdapter",), *_NEMO
     ),
-    "nemo.collections.asr.modules.conformer_encoder": Family("nemo", ("ConformerEncoder",), "nemo_toolkit", _NEMO),
+    "nemo.collections.asr.modules.conformer_encoder": Family("nemo", ("ConformerEncoder",), *_NEMO),
     "espnet.nets.pytorch_backend.transformer.attention": Family(
-        "espnet",
-        ("RelPositionMultiHeadedAttention", "LegacyRelPositionMultiHeadedAttention"),
-        "espnet",
-        _ESPNET,
+        "espnet", ("RelPositionMultiHeadedAttention", "LegacyRelPositionMultiHeadedAttention"), *_ESPNET
     ),
-    "espnet2.asr.encoder.conformer_encoder": Family("espnet", ("ConformerEncoder",), "espnet", _ESPNET),
-    "espnet2.asr.encoder.multiconvformer_encoder": Family("espnet", ("MultiConvConformerEncoder",), "espnet", _ESPNET),
-    "espnet2.asr.encoder.branchformer_encoder": Family("espnet", ("BranchformerEncoder",), "espnet", _ESPNET),
-    "espnet2.asr.encoder.e_branchformer_encoder": Family("espnet", ("EBranchformerEncoder",), "espnet", _ESPNET),
-    "espnet2.asr.encoder.e_branchformer_ctc_encoder": Family("espnet", ("EBranchformerCTCEncoder",), "espnet", _ESPNET),
-    "espnet2.slu.postencoder.conformer_postencoder": Family("espnet", ("ConformerPostEncoder",), "espnet", _ESPNET),
+    "espnet2.asr.encoder.conformer_encoder": Family("espnet", ("ConformerEncoder",), *_ESPNET),
+    "espnet2.asr.encoder.multiconvformer_encoder": Family("espnet", ("MultiConvConformerEncoder",), *_ESPNET),
+    "espnet2.asr.encoder.branchformer_encoder": Family("espnet", ("BranchformerEncoder",), *_ESPNET),
+    "espnet2.asr.encoder.e_branchformer_encoder": Family("espnet", ("EBranchformerEncoder",), *_ESPNET),
+    "espnet2.asr.encoder.e_branchformer_ctc_encoder": Family("espnet", ("EBranchformerCTCEncoder",), *_ESPNET),
+    "espnet2.slu.postencoder.conformer_postencoder": Family("espnet", ("ConformerPostEncoder",), *_ESPNET),
     "espnet2.asr_transducer.encoder.modules.attention": Family(
-        "espnet_transducer", ("RelPositionMultiHeadedAttention",), "espnet", _ESPNET
+        "espnet_transducer", ("RelPositionMultiHeadedAttention",), *_ESPNET
     ),
     "speechbrain.nnet.attention": Family("speechbrain", ("RelPosMHAXL",), "speechbrain", ("1.0", "2")),
+    "fairseq.modules.espnet_multihead_attention": Family(
+        "fairseq", ("RelPositionMultiHeadedAttention",), "fairseq", ("0.12", "0.13")
+    ),
     "ding.torch_utils.network.gtrxl": Family("ding", ("AttentionXL",), "DI-engine", ("0.4", "0.6")),
     "ray.rllib.models.torch.modules.relative_multi_head_attention": Family(
         "rllib", ("RelativeMultiHeadAttention",), "ray", ("2.0", "3")
     ),
-    "fairseq.modules.espnet_multihead_attention": Family(
-        "fairseq", ("RelPositionMultiHeadedAttention",), "fairseq", ("0.12", "0.13")
-    ),
-    "transformers.models.xlnet.modeling_xlnet": Family(
-        "xlnet", ("XLNetRelativeAttention", "XLNetModel"), "transformers", ("5.0", "6")
-    ),
-    # in transformers 4.38 its models stopped running, in 5.0 they were removed
-    "transformers.models.deprecated.transfo_xl.modeling_transfo_xl": Family(
-        "transfo_xl", ("RelPartialLearnableMultiHeadAttn",), "transformers", ("4.36", "4.38")
-    ),
-    "*": Family("transformer_xl", ("RelPartialLearnableMultiHeadAttn", "RelLearnableMultiHeadAttn")),
 }
 
 # classes of users -> replacement

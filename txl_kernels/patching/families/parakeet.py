@@ -12,6 +12,7 @@ from transformers.models.parakeet import modeling_parakeet as original_code
 
 from txl_kernels.functional import rel_attention
 from txl_kernels.patching.dead_rows import mean_of_values
+from txl_kernels.patching.huggingface import wants_weights
 from txl_kernels.patching.patch import is_patched
 from txl_kernels.patching.replacement import Replacement, warn_own
 
@@ -93,11 +94,6 @@ def encoder(self: nn.Module, original, *args, **kwargs):
     if wants_weights(self, kwargs) or not all(is_patched(layer.self_attn) for layer in self.layers):
         return original(*args, **kwargs)
     return _encode(self, *args, **kwargs)
-
-
-def wants_weights(module: nn.Module, kwargs: dict) -> bool:
-    """Whether the call asks for attention weights."""
-    return bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
 
 
 def heads(module: nn.Module, x: Tensor) -> Tensor:
