@@ -20,6 +20,7 @@ from tests.patching.tools import (
     randomized,
     results,
 )
+from txl_kernels.per_mask import once_per_mask
 
 skip_without("ding")
 from tests.patching import ding_package as ding  # noqa: E402
@@ -156,8 +157,9 @@ def test_autocast():
 
 def test_masks_are_read_once_for_all_layers_and_segments(monkeypatch):
     reads = []
-    kept = txl_kernels.layer_mask._read
-    monkeypatch.setattr(txl_kernels.layer_mask, "_read", lambda *x: reads.append(1) or kept(*x))
+    read = txl_kernels.layer_mask._read.__wrapped__
+    counted = once_per_mask(lambda *x: reads.append(1) or read(*x))
+    monkeypatch.setattr(txl_kernels.layer_mask, "_read", counted)
     run_segments(copied(make_model(3)), **{f"x{i}": x for i, x in enumerate(segments(4))})
     assert len(reads) == 1
 

@@ -42,7 +42,10 @@ FAMILIES: dict[str, Family] = {
     f"{_HF}.xlnet.modeling_xlnet": Family("xlnet", ("XLNetRelativeAttention", "XLNetModel"), *_HF_5),
     f"{_HF}.parakeet.modeling_parakeet": Family("parakeet", ("ParakeetEncoderAttention", "ParakeetEncoder"), *_HF_5),
     f"{_HF}.nemotron_asr_streaming.modeling_nemotron_asr_streaming": Family(
-        "nemotron", ("NemotronAsrStreamingEncoderAttention", "NemotronAsrStreamingEncoder"), "transformers", ("5.15", "6")
+        "nemotron",
+        ("NemotronAsrStreamingEncoderAttention", "NemotronAsrStreamingEncoder"),
+        "transformers",
+        ("5.15", "6"),
     ),
     f"{_HF}.wav2vec2_conformer.modeling_wav2vec2_conformer": Family(
         "wav2vec2_conformer", ("Wav2Vec2ConformerSelfAttention", "Wav2Vec2ConformerEncoder"), *_HF_5_20
