@@ -27,7 +27,12 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers", "transformer_xl": "torch", "xlnet": "transformers"}
+PACKAGES = {
+    "gemma_audio": "transformers",
+    "parakeet": "transformers",
+    "transformer_xl": "torch",
+    "xlnet": "transformers",
+}
 
 
 def cases(file: str) -> list[Case]:

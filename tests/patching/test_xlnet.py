@@ -219,7 +219,7 @@ def test_a_layer_that_does_more_with_its_mask_keeps_it():
 
 
 @pytest.mark.parametrize("options", [{}, {"attn_type": "uni"}])
-def test_nothing_of_T_by_T_is_made(options):
+def test_nothing_of_T_by_T_is_made(options):  # noqa: N802
     """The largest tensor of a forward and backward grows with the length, not with its square."""
     own = make(n_layer=1, **options)
     patched = copied(own)

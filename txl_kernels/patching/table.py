@@ -38,6 +38,12 @@ FAMILIES: dict[str, Family] = {
     "transformers.models.deprecated.transfo_xl.modeling_transfo_xl": Family(
         "transfo_xl", ("RelPartialLearnableMultiHeadAttn",), "transformers", ("4.36", "4.38")
     ),
+    "transformers.models.gemma3n.modeling_gemma3n": Family(
+        "gemma_audio", ("Gemma3nAudioAttention",), "transformers", ("5.0", "6")
+    ),
+    "transformers.models.gemma4.modeling_gemma4": Family(
+        "gemma_audio", ("Gemma4AudioAttention", "Gemma4AudioModel"), "transformers", ("5.0", "6")
+    ),
     "*": Family("transformer_xl", ("RelPartialLearnableMultiHeadAttn", "RelLearnableMultiHeadAttn")),
 }
 

@@ -27,7 +27,7 @@ class Terms:
         self.dropout_scale = 1 / (1 - options.dropout_p)
 
     def finish(self, scores: Tensor, keep_slope: bool = False) -> None:
-        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n); backward needs the softcap's slope."""
+        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n); the backward needs a slope."""
         softcap = self._options.softcap
         if self._differs is not None:
             same, other = (self._inputs.segment_scores[self._where[:3]].to(scores.dtype) * self._options.scale).split(
