@@ -32,6 +32,7 @@ PACKAGES = {
     "transformer_xl": "torch",
     "xlnet": "transformers",
     "parakeet": "transformers",
+    "gemma_audio": "transformers",
     "speechbrain": "speechbrain",
     "fairseq": "fairseq",
     "ding": "ding",

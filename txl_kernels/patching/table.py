@@ -59,6 +59,8 @@ FAMILIES: dict[str, Family] = {
     f"{_HF}.fastspeech2_conformer.modeling_fastspeech2_conformer": Family(
         "fastspeech2", ("FastSpeech2ConformerAttention", "FastSpeech2ConformerEncoder"), *_HF_5
     ),
+    f"{_HF}.gemma3n.modeling_gemma3n": Family("gemma_audio", ("Gemma3nAudioAttention",), *_HF_5),
+    f"{_HF}.gemma4.modeling_gemma4": Family("gemma_audio", ("Gemma4AudioAttention", "Gemma4AudioModel"), *_HF_5),
     "nemo.collections.asr.parts.submodules.multi_head_attention": Family(
         "nemo", ("RelPositionMultiHeadAttention", "RelPositionMultiHeadAttentionLongformer"), *_NEMO
     ),

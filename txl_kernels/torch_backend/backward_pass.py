@@ -62,7 +62,7 @@ def backward(
                 new = torch.empty if first else torch.zeros
                 shape = tile.n_lanes, S, D
                 dkv = {name: new(shape, dtype=dtype, device=dout.device) for name in "kv" if name in own}
-            p = tile.scores()
+            p = tile.scores(keep_slope=True)
             torch.softmax(p, -1, out=p)
             dout_lanes = cast(cut(dout, *tile.where), group.dtype)
             dlse_lanes = None if dlse is None else dlse[tile.where]

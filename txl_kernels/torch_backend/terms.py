@@ -26,8 +26,8 @@ class Terms:
             self._differs = (q_ids[:, :, None] != k_ids[:, None])[:, None]
         self.dropout_scale = 1 / (1 - options.dropout_p)
 
-    def finish(self, scores: Tensor) -> None:
-        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n)."""
+    def finish(self, scores: Tensor, keep_slope: bool = False) -> None:
+        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n); the backward needs a slope."""
         softcap = self._options.softcap
         if self._differs is not None:
             same, other = (self._inputs.segment_scores[self._where[:3]].to(scores.dtype) * self._options.scale).split(
@@ -37,7 +37,8 @@ class Terms:
         if softcap is not None:
             hidden = scores == -torch.inf
             scores.div_(softcap).tanh_()
-            self._slope = 1 - scores.square()
+            if keep_slope:
+                self._slope = 1 - scores.square()
             scores.mul_(softcap).masked_fill_(hidden, -torch.inf)
         if self._mask is not None:
             if self._mask.dtype == torch.bool:

@@ -64,6 +64,7 @@ def plan(
     """
     most_rows, most_scores, widest = MAX_ROWS << in_half, TILE_SCORES << in_half, S
     if window is not None:
+        most_rows = min(most_rows, max(MANY_ROWS, 4 * window))  # what is multiplied and hidden beside the window
         widest = min(S, window + most_rows)
     most_rows = max(1, min(most_rows, most_scores // max(widest * heads_per_key, 1)))
     rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
@@ -240,13 +241,13 @@ class Tile:
         self._fill(self._without_row, 0.0)
         return self._shifted
 
-    def scores(self) -> Tensor:
+    def scores(self, keep_slope: bool = False) -> Tensor:
         """The scores with every term, -inf where hidden: (l, m, n)."""
         scores = self.position_scores().contiguous()
         lanes = self.lanes(scores)
         torch.baddbmm(lanes, self.lanes(self.q_content), self.lanes(self.k).mT, out=lanes)
         if self._terms is not None:
-            self._terms.finish(scores)
+            self._terms.finish(scores, keep_slope)
         return lanes
 
     def lanes(self, x: Tensor) -> Tensor:
