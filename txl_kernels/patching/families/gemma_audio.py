@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from txl_kernels.functional import rel_attention
+from txl_kernels.patching.masks import allowed
 from txl_kernels.patching.padding import KeyPadding, key_padding
 from txl_kernels.patching.patch import is_patched
 from txl_kernels.patching.replacement import Replacement, warn_own
@@ -27,7 +28,7 @@ def gemma3n_attention(self: nn.Module, original, hidden_states: Tensor, mask: Te
     positions = self.relative_position_embedding
     distances = torch.arange(L, -R - 1, -1, device=q.device)[None]
     r = positions.pos_proj(positions._get_timing_signal_1d_pos(distances, q.dtype))
-    return _attend(self, q, k, v, r, (L, R), key_padding(mask, hidden=True))
+    return _attend(self, q, k, v, r, (L, R), key_padding(allowed(mask)))
 
 
 def gemma4_attention(
