@@ -324,7 +324,7 @@ def test_register_refuses():
 def test_own_method_warns_once(model, x):
     wanted = model[0](x, weights=True)
     txl_kernels.patch(model)
-    with pytest.warns(UserWarning, match="SelfAttention: attention weights can't come from a fused kernel"):
+    with pytest.warns(UserWarning, match="SelfAttention: attention weights: no fused kernel serves that"):
         assert torch.equal(model[0](x, weights=True), wanted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -48,5 +48,5 @@ def warn_own(module: nn.Module, request: str) -> None:
     if (name, request) not in _warned:
         _warned.add((name, request))
         warnings.warn(
-            f"{name}: {request} can't come from a fused kernel; its own method runs for such calls", stacklevel=3
+            f"{name}: {request}: no fused kernel serves that, its own method runs for such calls", stacklevel=3
         )
