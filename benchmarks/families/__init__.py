@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers"}
+PACKAGES = {"parakeet": "transformers", "nemo": "nemo", "espnet": "espnet"}
 
 
 def cases(file: str) -> list[Case]:
