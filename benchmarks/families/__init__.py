@@ -33,6 +33,8 @@ PACKAGES = {
     "xlnet": "transformers",
     "parakeet": "transformers",
     "gemma_audio": "transformers",
+    "nemo": "nemo",
+    "espnet": "espnet",
     "speechbrain": "speechbrain",
     "fairseq": "fairseq",
     "ding": "ding",

@@ -1,0 +1,41 @@
+"""ESPnet's Conformer encoder on a padded batch, with both kinds of relative positions.
+
+It gets frames that are subsampled already, as from a pretrained front end: its own convolutions would take most of the
+time of so few layers.
+"""
+
+import functools
+
+import torch
+from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
+from torch import Tensor, nn
+
+from benchmarks.families import AUDIO, Case
+from benchmarks.measure import with_larger_weights
+
+KINDS = {"ESPnet": "latest", "ESPnet, legacy positions": "legacy"}
+
+
+def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
+    sizes = {"output_size": 256, "attention_heads": 4, "linear_units": 1024, "num_blocks": layers}
+    if smoke:
+        T, sizes = 8, {"output_size": 16, "attention_heads": 2, "linear_units": 16, "num_blocks": 1}
+    torch.manual_seed(0)
+    model = ConformerEncoder(80, **sizes, input_layer="linear", rel_pos_type=KINDS[kind], macaron_style=True)
+    model = with_larger_weights(model).eval()
+    features, lengths = torch.randn(B, T, 80), torch.full((B,), T)
+    lengths[1:] = 3 * T // 4
+
+    def run(model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        return model(features.to(device), lengths.to(device))[0]
+
+    return model, run
+
+
+CASES = [
+    Case(kind, f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, kind, T, B, n))
+    for kind in KINDS
+    for length, T, B, n in AUDIO
+    if length != "10 min"
+]
