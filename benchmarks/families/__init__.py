@@ -27,7 +27,12 @@ class Case(NamedTuple):
 
 
 # file of this folder -> the module that must be importable for its cases
-PACKAGES = {"parakeet": "transformers"}
+PACKAGES = {
+    "parakeet": "transformers",
+    "wav2vec2_conformer": "transformers",
+    "fastspeech2": "transformers",
+    "nemotron": "transformers",
+}
 
 
 def cases(file: str) -> list[Case]:
