@@ -12,7 +12,7 @@ from benchmarks.measure import CLOCK, Comparison, Stopwatch, peak_memory, rounds
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.now)
 
-SECONDS = 6.0  # of timing for each benchmark, both sides together
+SECONDS = 4.0  # of timing for each benchmark, both sides together
 TOLERANCE = 2e-3  # of the largest state: float32 through every layer, with weights that prefer some keys
 
 

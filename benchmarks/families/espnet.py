@@ -36,6 +36,5 @@ def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
 CASES = [
     Case(kind, f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, kind, T, B, n))
     for kind in KINDS
-    for length, T, B, n in AUDIO
-    if length != "10 min"
+    for length, T, B, n in AUDIO[:2]
 ]

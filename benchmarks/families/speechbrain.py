@@ -30,5 +30,5 @@ def _build(T: int, B: int, layers: int, smoke: bool):
 
 CASES = [
     Case("SpeechBrain", f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, T, B, n))
-    for length, T, B, n in AUDIO
+    for length, T, B, n in AUDIO[:2]
 ]

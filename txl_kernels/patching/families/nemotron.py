@@ -54,17 +54,11 @@ def attention(
     if request is not None:
         warn_own(self, request)
         return original(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-    q, k, v, r = (
-        linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        for linear, x in (
-            (self.q_proj, hidden_states),
-            (self.k_proj, hidden_states),
-            (self.v_proj, hidden_states),
-            (self.relative_k_proj, position_embeddings),
-        )
-    )
+    q, k, v = (_heads(self, x(hidden_states)) for x in (self.q_proj, self.k_proj, self.v_proj))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
+    # of the distances S - 1 ... -(S - 1), those that T queries have
+    r = _heads(self, self.relative_k_proj(position_embeddings[:, : k.shape[2] + q.shape[2] - 1]))
     out = rel_attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.bias_u, self.bias_v),
         is_causal=False,
@@ -73,6 +67,11 @@ def attention(
         **({"attn_mask": attention_mask} if visible is None else visible._asdict()),
     )
     return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _heads(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, T, H * D) as (B, H, T, D)."""
+    return x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
 
 @original_code.merge_with_config_defaults
