@@ -268,10 +268,11 @@ def test_compiled_in_one_graph(family, prepared, monkeypatch):
     x, valid = torch.randn(2, 20, C), torch.arange(20) < torch.tensor([20, 12])[:, None]
     with torch.no_grad():
         wanted = encoded(make_model(family).encoder, x, valid)
+        torch._dynamo.reset()
         compiled = torch.compile(encoded, fullgraph=True, backend="aot_eager")
+        assert_alike("states", compiled(model, x, valid), wanted, 3e-5)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for _ in range(2):
-                assert_alike("states", compiled(model, x, valid), wanted, 3e-5)
+            assert_alike("states", compiled(model, x, valid), wanted, 3e-5)
 
 
 @every_family

@@ -87,7 +87,6 @@ def _with_key_padding(forward: types.FunctionType) -> types.FunctionType | None:
     """
     if forward not in _forwards and not torch.compiler.is_compiling():
         names = forward.__globals__ | {"create_bidirectional_mask": _key_padding}
-        del names["__name__"]  # or torch.compile looks names up in the module of that name
         copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
         _forwards[forward] = copy
     return _forwards.get(forward)
