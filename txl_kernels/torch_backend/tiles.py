@@ -200,8 +200,7 @@ class Tile:
         self.q_content = cut(group.q_content, ALL, rows).permute(2, 0, 1, 3)
 
         pitch = _aligned(n + t - 1)
-        self._raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
-        self._shifted = self._raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), t - 1)
+        raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
 
         # Raw column x holds distance `farthest - x`; from `nearest` on and before `start` all are hidden.
         columns = n + t - 1
@@ -213,6 +212,12 @@ class Tile:
         begin = min(max(-first_row, start), end)
         stop = max(min(group.inputs.rows - first_row, end), begin)
         self.r_rows = slice(first_row + begin, first_row + stop)
+        lead = max(first_row + pitch - group.inputs.rows, 0)
+        dense = stop - begin == columns and lead <= first_row and lead <= pitch - columns
+        if not dense:
+            lead = 0
+        self._raw = raw[..., lead:]
+        self._shifted = raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), lead + t - 1)
         self._band = self._raw[..., begin:stop]
         self._hidden = (0, start), (end, columns)
         self._without_row = (start, begin), (stop, end)
@@ -222,7 +227,11 @@ class Tile:
             lanes = group.r.shape[0]
             self.r = cut(group.r, ALL, self.r_rows)
             self.q_position = cut(group.q_position, ALL, rows).reshape(lanes, -1, group.r.shape[2])
-            self._product = self._band if lanes == h else self._raw.view(lanes, -1, pitch)[..., begin:stop]
+            self._product = self._band if lanes == h else raw.view(lanes, -1, pitch)[..., begin:stop]
+            self._r_product = self.r
+            if dense:
+                self._product = raw.view(lanes, -1, pitch)
+                self._r_product = cut(group.r, ALL, slice(first_row - lead, first_row - lead + pitch))
         self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
 
     @property
@@ -234,7 +243,7 @@ class Tile:
         """scale * (BD + r_bias), -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
         self._fill(self._hidden, -torch.inf)
         if self.r is not None:
-            torch.bmm(self.q_position, self.r.mT, out=self._product)
+            torch.bmm(self.q_position, self._r_product.mT, out=self._product)
         if self.group.r_bias is not None:
             bias = self.group.r_bias[..., self.r_rows]
             self._band.copy_(bias) if self.r is None else self._band.add_(bias)
