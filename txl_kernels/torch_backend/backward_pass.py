@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.torch_backend import one_piece
+from txl_kernels.torch_backend import blocks, one_piece
 from txl_kernels.torch_backend.terms import cut, part
 from txl_kernels.torch_backend.tiles import ALL, Tile, cast, groups, spans, sum_dtype
 
@@ -15,7 +15,7 @@ def backward(
     dout: Tensor,
     dlse: Tensor | None,
     inputs: Inputs,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     options: Options,
     needs_grad: list[bool],
@@ -30,7 +30,7 @@ def backward(
         dout: (B, H, T, D), any strides.
         dlse: (B, H, T), any strides, or None for zero.
         inputs, options: as for forward.
-        out, lse: what forward returned.
+        out, lse: what forward returned; out may be None.
         needs_grad: which of the differentiable inputs want a gradient.
 
     Returns:
@@ -39,6 +39,9 @@ def backward(
     wanted = {name: x for name, x, needed in zip(DIFFERENTIABLE, inputs, needs_grad, strict=False) if needed}
     if (piece := one_piece.one_piece(inputs, options, for_backward=True)) is not None:
         grads = one_piece.backward(piece, dout, dlse, wanted)
+        return [grads.get(name) for name in DIFFERENTIABLE]
+    if cut_into := blocks.parts(inputs, options):
+        grads = blocks.backward(backward, cut_into, dout, dlse, inputs, lse, options, wanted)
         return [grads.get(name) for name in DIFFERENTIABLE]
     T, S = inputs.q.shape[2], inputs.k.shape[2]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale

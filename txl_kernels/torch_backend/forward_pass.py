@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import Inputs, Options
-from txl_kernels.torch_backend import one_piece, tiles
+from txl_kernels.torch_backend import blocks, one_piece, tiles
 from txl_kernels.torch_backend.terms import needed
 from txl_kernels.torch_backend.tiles import Tile, cast, groups, product_dtype, spans, sum_dtype
 
@@ -21,6 +21,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     (B, H, T, _), Hk = q.shape, inputs.k.shape[1]
     if (piece := one_piece.one_piece(inputs, options)) is not None:
         return one_piece.forward(piece, q)
+    if cut_into := blocks.parts(inputs, options):
+        return blocks.forward(forward, cut_into, inputs, options)
 
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=sum_dtype(q.dtype))
     may_be_dead = inputs.key_lengths is not None and options.left >= 0
