@@ -212,10 +212,10 @@ class Tile:
         begin = min(max(-first_row, start), end)
         stop = max(min(group.inputs.rows - first_row, end), begin)
         self.r_rows = slice(first_row + begin, first_row + stop)
+        # A product of all columns is faster, if need be with rows of r that no pair uses, `lead` of them in front.
         lead = max(first_row + pitch - group.inputs.rows, 0)
-        dense = stop - begin == columns and lead <= first_row and lead <= pitch - columns
-        if not dense:
-            lead = 0
+        is_dense = stop - begin == columns and lead <= min(first_row, pitch - columns)
+        lead = lead if is_dense else 0
         self._raw = raw[..., lead:]
         self._shifted = raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), lead + t - 1)
         self._band = self._raw[..., begin:stop]
@@ -224,14 +224,13 @@ class Tile:
         self._beside_keys = (0, t - 1), (n, end)
         self.r = self.q_position = None
         if group.r is not None:
-            lanes = group.r.shape[0]
+            lanes, _, width = group.r.shape
             self.r = cut(group.r, ALL, self.r_rows)
-            self.q_position = cut(group.q_position, ALL, rows).reshape(lanes, -1, group.r.shape[2])
-            self._product = self._band if lanes == h else raw.view(lanes, -1, pitch)[..., begin:stop]
-            self._r_product = self.r
-            if dense:
-                self._product = raw.view(lanes, -1, pitch)
-                self._r_product = cut(group.r, ALL, slice(first_row - lead, first_row - lead + pitch))
+            self.q_position = cut(group.q_position, ALL, rows).reshape(lanes, -1, width)
+            self._factor, product = self.r, slice(begin, stop)
+            if is_dense:
+                self._factor, product = cut(group.r, ALL, slice(first_row - lead, first_row - lead + pitch)), ALL
+            self._product = raw.view(lanes, -1, pitch)[..., product]
         self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
 
     @property
@@ -243,7 +242,7 @@ class Tile:
         """scale * (BD + r_bias), -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
         self._fill(self._hidden, -torch.inf)
         if self.r is not None:
-            torch.bmm(self.q_position, self._r_product.mT, out=self._product)
+            torch.bmm(self.q_position, self._factor.mT, out=self._product)
         if self.group.r_bias is not None:
             bias = self.group.r_bias[..., self.r_rows]
             self._band.copy_(bias) if self.r is None else self._band.add_(bias)
