@@ -65,6 +65,10 @@ def backward(
                 new = torch.empty if first else torch.zeros
                 shape = tile.n_lanes, S, D
                 dkv = {name: new(shape, dtype=dtype, device=dout.device) for name in "kv" if name in own}
+            if not tile.n:
+                for name in own.keys() & {"q", "q_pos"}:
+                    cut(own[name], *tile.where).zero_()
+                continue
             p = tile.scores(keep_slope=True)
             torch.softmax(p, -1, out=p)
             dout_lanes = cast(cut(dout, *tile.where), group.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend.terms import lengths_on_host
-from txl_kernels.torch_backend.tiles import cast, sum_dtype
+from txl_kernels.torch_backend.tiles import cast, ceil_div, sum_dtype
 
 # Measured on two cores: the widest window, left + right, for which blocks are faster, the queries in a block, and the
 # scores of a part, which is more than scores: 16 x 28 of them come with 5,600 numbers of q, k and v at head size 64.
@@ -106,10 +106,9 @@ def parts(inputs: Inputs, options: Options) -> list[Part]:
         return Part(slice(start, stop), keys, blocks, keys.stop - keys.start - (blocks - 1) * ROWS)
 
     most = max(2, PART_SCORES // (B * H * ROWS * (ROWS + window)))
-    middle = [
-        part(start, min(start + most * ROWS, last), min(most, (last - start) // ROWS))
-        for start in range(first, last, most * ROWS)
-    ]
+    most = ceil_div(blocks, ceil_div(blocks, most))  # parts of equal size
+    starts = range(first, last, most * ROWS)
+    middle = [part(start, min(start + most * ROWS, last), min(most, (last - start) // ROWS)) for start in starts]
     return [part(0, first)] * (first > 0) + middle + [part(last, T)] * (last < T)
 
 

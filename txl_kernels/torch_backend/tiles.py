@@ -67,7 +67,7 @@ def plan(
         most_rows = min(most_rows, max(MANY_ROWS, 4 * window))  # what is multiplied and hidden beside the window
         widest = min(S, window + most_rows)
     most_rows = max(1, min(most_rows, most_scores // max(widest * heads_per_key, 1)))
-    rows = _ceil_div(T, max(1, _ceil_div(T, most_rows)))  # tiles of equal height
+    rows = ceil_div(T, max(1, ceil_div(T, most_rows)))  # tiles of equal height
     keys = S if window is None else min(S, window + rows)
     lanes = max(1, most_scores // max(rows * keys * heads_per_key, 1))
     batches = max(1, min(B, lanes))
@@ -295,8 +295,9 @@ def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _aligned(size: int) -> int:
-    return ALIGNMENT * _ceil_div(max(size, 1), ALIGNMENT)
+    return ALIGNMENT * ceil_div(max(size, 1), ALIGNMENT)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
