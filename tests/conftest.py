@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from txl_kernels.torch_backend import tiles
+
 _TESTS = Path(__file__).parent
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,3 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="kernels defined under TRITON_INTERPRET=1 cannot be compiled"))
         if kind == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# Several tiles and several groups of lanes at sizes that an eager float64 truth does in milliseconds.
+_SMALL_TILES = {"TILE_SCORES": 1500, "MAX_ROWS": 16, "MANY_ROWS": 0}
+
+
+@pytest.fixture(params=["whole", "tiled"])
+def tiling(request, monkeypatch):
+    """Runs a test of the torch backend in one piece or tile, and in many tiles as other devices and long queries."""
+    if request.param == "tiled":
+        for name, value in _SMALL_TILES.items():
+            monkeypatch.setattr(tiles, name, value)
