@@ -71,7 +71,7 @@ class Part(NamedTuple):
         lengths = inputs.key_lengths
         if lengths is not None:
             starts = torch.arange(self.blocks) * ROWS + self.keys.start
-            lengths = (lengths[:, None] - starts).clamp(0, self.reach).flatten()
+            lengths = (lengths[:, None] - starts).flatten()
         mine = inputs._replace(
             q=self.of_queries(inputs.q),
             k=self.of_keys(inputs.k),

@@ -214,7 +214,7 @@ class Tile:
         self.r_rows = slice(first_row + begin, first_row + stop)
         # A product of all columns is faster, if need be with rows of r that no pair uses, `lead` of them in front.
         lead = max(first_row + pitch - group.inputs.rows, 0)
-        is_dense = stop - begin == columns and lead <= min(first_row, pitch - columns)
+        is_dense = stop - begin == columns and lead <= first_row
         lead = lead if is_dense else 0
         self._raw = raw[..., lead:]
         self._shifted = raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), lead + t - 1)
