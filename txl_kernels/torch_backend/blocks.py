@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.torch_backend.terms import lengths_on_host
 from txl_kernels.torch_backend.tiles import cast, ceil_div, sum_dtype
 
 # Measured on two cores: the widest window, left + right, for which blocks are faster, the queries in a block, and the
@@ -93,7 +92,7 @@ def parts(inputs: Inputs, options: Options) -> list[Part]:
         return []
     by_batch = inputs.r is not None and inputs.r.shape[0] > 1
     has_places = inputs.attn_mask is not None or inputs.segment_scores is not None or options.dropout_p > 0
-    if by_batch or has_places or not lengths_on_host(inputs):
+    if by_batch or has_places:
         return []
     first = max(left - memory, 0)  # the first query whose window reaches no further than key 0
     blocks = max(T - right - first, 0) // ROWS
