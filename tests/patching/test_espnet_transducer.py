@@ -7,6 +7,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -126,6 +127,12 @@ def test_autocast(simplified):
 def test_dropout_of_attention(simplified):
     inputs = make_inputs()
     assert_same_dropout(make_attention(simplified, dropout=0.3).train(), lambda model: attended(model, **inputs))
+
+
+@pytest.mark.parametrize("options", [{}, {"short_chunk_threshold": 1.0} | CHUNKED])
+def test_masks_are_read_once_for_all_layers(options):
+    model, inputs = make_encoder(**options), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
 @pytest.mark.parametrize("simplified", [False, True])

@@ -14,6 +14,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -128,14 +129,15 @@ def test_autocast():
     assert_same_under_autocast(model, lambda model: run_encoder(model, x))
 
 
-def test_padding_is_read_once_for_all_layers(monkeypatch):
-    lengths = []
+def test_masks_are_read_once_for_all_layers(monkeypatch):
+    x, lengths = torch.randn(3, 40, 8), []
+    assert_reads_once(make_encoder(), lambda model: run_encoder(model, x))
     file = txl_kernels.patching.families.fairseq
     kept = file.rel_attention
     monkeypatch.setattr(
         file, "rel_attention", lambda *x, **options: lengths.append(options["key_lengths"]) or kept(*x, **options)
     )
-    run_encoder(copied(make_encoder()), torch.randn(3, 40, 8))
+    run_encoder(copied(make_encoder()), x)
     assert lengths[0].tolist() == [20, 13, 7]
     assert lengths[1] is lengths[0]
 

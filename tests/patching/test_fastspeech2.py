@@ -8,6 +8,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -159,6 +160,11 @@ def test_a_patched_encoder_with_attention_of_its_own():
         assert torch.equal(encoded(decoder, x, mask), wanted)
     finally:
         txl_kernels.unpatch(type(decoder))
+
+
+def test_masks_are_read_once_for_all_layers():
+    decoder, mask = make_model().decoder, words()[1][:, None]
+    assert_reads_once(decoder, lambda model: encoded(model, torch.randn(3, 30, C), mask))
 
 
 def test_nothing_quadratic_is_made():

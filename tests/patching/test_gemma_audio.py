@@ -10,6 +10,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_under_autocast,
     assert_same_when_patched,
     copied,
@@ -147,6 +148,16 @@ def test_attention_weights_and_masks_in_blocks_are_left_to_its_own_method():
 def test_what_is_left_alone(option, reason):
     report = txl_kernels.patch(gemma4.Gemma4AudioAttention(config4(**option), layer_idx=0))
     assert reason in report.left_alone[0].reason
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_masks_are_read_once_for_all_layers(family):
+    features, valid = batch()
+    if family == "gemma3n":
+        model, mask = make(gemma3n.Gemma3nAudioEncoder, config3n()), ~valid
+    else:
+        model, mask = make(gemma4.Gemma4AudioModel, config4()), valid
+    assert_reads_once(model, lambda model: model(features, mask))
 
 
 def test_nothing_quadratic_is_made():

@@ -10,6 +10,7 @@ from tests.patching.loading import skip_without
 from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -276,6 +277,12 @@ def test_attention_models_can_be_changed():
     report = txl_kernels.patch(patched, strict=True)
     assert len(report.patched) == 3
     assert_alike("states", states(patched, **inputs), states(model, **inputs), 3e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"att_context_size": [6, 2]} | CHUNKED, LOCAL])
+def test_masks_are_read_once_for_all_layers(options):
+    model, inputs = make_encoder(**options), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
 @pytest.mark.parametrize("options", [{}, {"att_context_size": [20, 10]}])

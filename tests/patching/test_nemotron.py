@@ -8,6 +8,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -205,6 +206,11 @@ def test_a_patched_encoder_with_attention_of_its_own():
         assert torch.equal(states(model, **inputs), wanted)
     finally:
         txl_kernels.unpatch(type(model))
+
+
+def test_masks_are_read_once_for_all_layers():
+    model, inputs = make_encoder(), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
 def test_nothing_quadratic_is_made():

@@ -10,6 +10,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -114,6 +115,11 @@ def test_attention_weights_come_from_its_own_method():
     inputs = batch()
     run = lambda model: states_and_weights(model(**inputs, output_attentions=True))  # noqa: E731
     assert len(assert_own_method(make_encoder(), run, "ParakeetEncoderAttention: attention weights")) == 1 + 2
+
+
+def test_masks_are_read_once_for_all_layers():
+    model, inputs = make_encoder(), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
 def test_nothing_quadratic_is_made():

@@ -12,6 +12,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -217,7 +218,16 @@ def test_autocast():
     assert_same_under_autocast(model, lambda model: run_encoder(model, x, **masks))
 
 
-def test_masks_are_read_once_for_all_layers(monkeypatch):
+@pytest.mark.parametrize("kind", [None, *MASKS])
+@pytest.mark.parametrize("lengths", [None, (20, 13)])
+def test_masks_are_read_once_for_all_layers(kind, lengths):
+    masks = {} if kind is None else {"src_mask": attn_mask(kind, 20, 20)}
+    masks |= {} if lengths is None else {"src_key_padding_mask": padding(*lengths)}
+    model, x = make_encoder(3), torch.randn(2, 20, C)
+    assert_reads_once(model, lambda model: run_encoder(model, x, **masks))
+
+
+def test_what_is_read_is_shared(monkeypatch):
     """`rel_attention` gets the same tensors in every layer, and a window with a look-ahead mask."""
     calls = []
     file = txl_kernels.patching.families.speechbrain

@@ -8,6 +8,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -219,6 +220,12 @@ def test_a_patched_class_serves_instances_with_other_positions(family):
     finally:
         for cls in (encoder, attention):
             txl_kernels.unpatch(cls)
+
+
+@every_family
+def test_masks_are_read_once_for_all_layers(family):
+    model, inputs = make_model(family), batch(family)
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
 @every_family

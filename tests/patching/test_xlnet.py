@@ -8,6 +8,7 @@ from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
     assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
@@ -206,6 +207,12 @@ def test_a_layer_that_does_more_with_its_mask_keeps_it():
     patched = copied(model)
     assert_alike("states", states(patched, **inputs), wanted, 3e-5)
     assert patched.layer[1].shape == (T, T, B, 1)
+
+
+def test_masks_are_read_once_for_all_layers():
+    model, inputs = make(n_layer=3), batch(torch.float32) | {"attention_mask": padding("right")}
+    assert_reads_once(model, lambda model: states(model, **inputs))
+    assert_reads_once(model, lambda model: states(model, **inputs, perm_mask=permutation()))
 
 
 @pytest.mark.parametrize("options", [{}, {"attn_type": "uni"}])

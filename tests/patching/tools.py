@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -232,6 +233,43 @@ def profiled(function: Callable[[], object], T: int) -> Profile:
         if sum(isinstance(n, int) and n >= T for n in shape) >= 2
     }
     return Profile(max(allocations), pairs)
+
+
+class _OperatorReads(TorchDispatchMode):
+    """Counts the operators that bring entries of tensors to the host: for item, bool, int, arange(tensor), ..."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")
+        self.count += func.name() in names
+        return func(*args, **(kwargs or {}))
+
+
+class _MethodReads(TorchFunctionMode):
+    """Counts the methods that do so without an operator where the host is where the tensor is."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__ in ("tolist", "numpy", "cpu", "__array__")
+        return func(*args, **(kwargs or {}))
+
+
+def reads(function: Callable[[], object]) -> int:
+    """How often a call reads entries of tensors, for each of which a GPU would synchronise."""
+    # lengths are validated where they are on the host only
+    on_a_gpu = mock.patch("txl_kernels.validation.has_values", return_value=False)
+    with on_a_gpu, _OperatorReads() as operators, _MethodReads() as methods:
+        function()
+    return operators.count + methods.count
+
+
+def assert_reads_once(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """run(model), one forward of several layers, reads entries once more than before `patch` at most."""
+    patched = copied(model)
+    before, after = reads(lambda: run(model)), reads(lambda: run(patched))
+    assert after <= before + 1, f"{after} instead of {before}"
 
 
 def copied(model: nn.Module, **options: bool) -> nn.Module:
