@@ -91,6 +91,7 @@ def test_nothing_to_read_of_two():
 def test_another_view_of_the_same_memory_is_another_mask():
     valid = mask()
     key_padding(valid)
+    assert key_padding(valid[:3]).key_lengths.tolist() == [6, 4, 1]
     assert key_padding(valid[1:]).key_lengths.tolist() == [4, 1, 0]
     assert key_padding(valid[:, 1:]).key_lengths.tolist() == [5, 3, 0, 0]
 
