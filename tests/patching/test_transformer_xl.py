@@ -75,6 +75,13 @@ def test_masks(layer, kind, memory):
     assert_same_when_patched(layer, lambda layer, **inputs: layer(**inputs, attn_mask=mask), inputs_of(layer, M=memory))
 
 
+def test_memory_of_the_first_segment(layer):
+    """The original's model starts from tensors without any axis but one of length 0, and so does NVIDIA's."""
+    mask, mems = original_mask(T, 0), torch.empty(0, dtype=torch.float64)
+    inputs = inputs_of(layer, M=0)
+    assert_same_when_patched(layer, lambda layer, **inputs: layer(**inputs, attn_mask=mask, mems=mems), inputs)
+
+
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_the_original_s_numbers(case):
     layer, inputs, numbers = golden(case, reference.layer)
@@ -238,10 +245,11 @@ def test_a_fork_of_another_signature_is_left_alone():
     assert "got (w, r, gate, attn_mask, mems)" in report.left_alone[0].reason
 
 
-def test_a_fork_without_an_attribute_is_left_alone():
+@pytest.mark.parametrize("name", ["dropatt", "r_net"])
+def test_a_fork_without_an_attribute_is_left_alone(name):
     layer = make_layer(LAYERS[0])
-    del layer.dropatt
-    assert "none named dropatt" in txl_kernels.patch(layer).left_alone[0].reason
+    delattr(layer, name)
+    assert f"none named {name}" in txl_kernels.patch(layer).left_alone[0].reason
 
 
 def test_layers_of_this_package_are_no_forks():
