@@ -119,7 +119,7 @@ PATCHES = {
     "Parakeet: positions' dropout shared": ("parakeet", "patching/families/parakeet_steps.py", "alike = not (encoder.training and encoder.dropout_positions)", "alike = True"),
     "Nemotron: chunk one frame short": ("nemotron", "patching/families/nemotron.py", "& (ahead <= right)", "& (ahead < right)"),
     "Nemotron: frames that see nothing": ("nemotron", "patching/families/nemotron.py", "lengths[:, None] <= first", "lengths[:, None] < first"),
-    "Nemotron: distances of all keys with a cache": ("nemotron", "patching/families/nemotron.py", "k.shape[2] + q.shape[2] - 1]", "2 * k.shape[2] - 1]"),
+    "Nemotron: cache not attended to": ("nemotron", "patching/families/nemotron.py", "k, v = past_key_values.update(", "past_key_values.update("),
     "Wav2Vec2: no dropout": ("wav2vec2_conformer", "patching/families/wav2vec2_conformer.py", "self.dropout.p if self.training else 0.0", "0.0"),
     "Wav2Vec2: other positions served": ("wav2vec2_conformer", "patching/families/wav2vec2_conformer.py", 'or self.position_embeddings_type != "relative" or', "or"),
     "FastSpeech2: padding inverted": ("fastspeech2", "patching/families/fastspeech2.py", "attention_mask[:, 0] != 0", "attention_mask[:, 0] == 0"),

@@ -17,7 +17,7 @@ from tests.patching.tools import (
     training,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS, WORDS = 32, 6, 20
 

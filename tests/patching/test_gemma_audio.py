@@ -19,7 +19,7 @@ from tests.patching.tools import (
 )
 from txl_kernels import rel_attention
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 from transformers.models.gemma3n import modeling_gemma3n as gemma3n  # noqa: E402
 from transformers.models.gemma4 import modeling_gemma4 as gemma4  # noqa: E402
 

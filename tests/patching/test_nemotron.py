@@ -19,7 +19,7 @@ from tests.patching.tools import (
 )
 from txl_kernels.patching import replacement
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS = 32, 16
 

@@ -21,9 +21,7 @@ from tests.patching.tools import (
     training,
 )
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed (tests/patching/requirements.txt)"
-)
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS = 32, 16
 

@@ -19,7 +19,7 @@ from tests.patching.tools import (
     training,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder  # noqa: E402
 

@@ -17,9 +17,7 @@ from tests.patching.tools import (
     states_and_weights,
 )
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed (tests/patching/requirements.txt)"
-)
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, H, D = 32, 4, 8
 B, T = 4, 13
