@@ -24,6 +24,7 @@ test-transfo-xl: $(VENV)-transfo-xl/ready
 
 test-all: test test-transfo-xl
 	$(PYTEST) tests --ignore=tests/interpreter -m "long and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m long
 	$(RUN) -m tests.mutations
 
 lint: $(VENV)/ready

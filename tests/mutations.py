@@ -1,6 +1,6 @@
-"""Breaks the kernels one line at a time and shows that the interpreter tests notice: `python -m tests.mutations`.
+"""Breaks kernels and patches one line at a time and shows that tests notice: `python -m tests.mutations`.
 
-A mutation whose line is gone is an error, so that this list follows the code.
+A mutation whose line is gone is an error, so that these lists follow the code.
 """
 
 import os
@@ -11,12 +11,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-KERNELS = "txl_kernels/triton_backend"
 
-# (file, what stands there, what is put in its place): why a test must notice
-MUTATIONS = {
+# (file of triton_backend, what stands there, what is put in its place): a test of the interpreter must notice
+KERNELS = {
     "rotation off by one": ("primitives.py", "x, columns & (BLOCK_N - 1), axis=1", "x, (columns + 1) & (BLOCK_N - 1), axis=1"),
     "transposed rotation off by one": ("primitives.py", "x, rows & (BLOCK_N - 1), axis=0", "x, (rows + 1) & (BLOCK_N - 1), axis=0"),
     "block of r chosen one column late": ("primitives.py", "(ii + x) // BLOCK_N", "(ii + x + 1) // BLOCK_N"),
@@ -84,55 +84,136 @@ MUTATIONS = {
     "log-sum-exp: dead rows count": ("vector_kernels.py", 'tl.where(empty, float("inf"), lse.to', 'tl.where(empty, float("-inf"), lse.to'),
 }  # fmt: skip
 
+# (tests/patching/test_*.py, file of txl_kernels, what stands there, what is put in its place)
+PATCHES = {
+    "patch: signature not compared": ("patch_refusals", "patching/patch.py", "if got != replacement.parameters:", "if False:"),
+    "patch: overridden method replaced": ("patch_refusals", "patching/patch.py", "if getattr(cls, method) is not getattr(known, method):", "if False:"),
+    "patch: method of an instance lost": ("patch_refusals", "patching/patch.py", "if method in vars(target):", "if False:"),
+    "patch: strict only where nothing is known": ("patch_refusals", "patching/patch.py", "(not entries or report.left_alone)", "not entries"),
+    "patch: inherited method left behind": ("patch", "patching/patch.py", "if attribute._txl_inherited:", "if False:"),
+    "patch: pickled by the derived class": ("patch", "patching/patch.py", "if not _is_direct(type(self)):", "if True:"),
+    "padding: full sequence one key short": ("padding", "patching/padding.py", "torch.where(valid[:, -1], valid.shape[1], lengths)", "torch.where(valid[:, -1], valid.shape[1] - 1, lengths)"),
+    "padding: any mask taken for lengths": ("padding", "patching/padding.py", "(behind == valid).all()", "(behind == valid).any()"),
+    "padding: rows taken for one": ("padding", "patching/padding.py", "or mask.stride(2) == 0", "or mask.stride(3) == 1"),
+    "padding: window read the wrong way round": ("padding", "patching/padding.py", "masks.window(reach, visible)", "masks.window(reach[::-1], visible)"),
+    "masks: float mask inverted": ("per_mask", "patching/masks.py", "mask > -torch.inf", "mask == -torch.inf"),
+    "masks: window one ahead": ("per_mask", "patching/masks.py", "torch.arange(-here, T,", "torch.arange(1 - here, T + 1,"),
+    "masks: unseeing rows widen the window": ("per_mask", "patching/masks.py", "behind.where(entries.amax(1) > 0, 0)", "behind"),
+    "per mask: edit unnoticed": ("per_mask", "per_mask.py", "else mask._version", "else -1"),
+    "per mask: views of one shape confused": ("padding", "per_mask.py", "mask.stride(), mask.storage_offset()", "mask.stride(), 0"),
+    "per mask: second mask confused": ("padding", "per_mask.py", "return WeakIdRef(_base(mask)), version", "return version"),
+    "per mask: inference tensors kept": ("padding", "per_mask.py", "torch.is_inference_mode_enabled())", "None)"),
+    "dead rows: sum of values": ("wav2vec2_conformer", "patching/dead_rows.py", "v.mean(2", "v.sum(2"),
+    "dead rows: values of the wrong head": ("parakeet", "patching/dead_rows.py", "mean.repeat_interleave(out.shape[1] // v.shape[1], dim=1)", "mean.repeat(1, out.shape[1] // v.shape[1], 1, 1)"),
+    "Transformer-XL: queries of the memory": ("transformer_xl", "patching/families/transformer_xl.py", "q[-w.shape[0] :]", "q[: w.shape[0]]"),
+    "Transformer-XL: hook of the projection left out": ("transformer_xl", "patching/families/transformer_xl.py", "not (net._forward_hooks or", "not (None or"),
+    "Transformer-XL: no mask taken for a causal one": ("transformer_xl", "patching/families/transformer_xl.py", "Visibility(future=True)", "Visibility()"),
+    "Transformer-XL: NVIDIA's axes not told": ("transformer_xl", "patching/families/transformer_xl.py", "if time_major == batch_first:", "if False:"),
+    "XLNet: memory of the other type": ("xlnet", "patching/families/xlnet.py", "nn.functional.pad(token_type_ids, (M, 0))", "nn.functional.pad(token_type_ids, (M, 0), value=1)"),
+    "XLNet: second stream sees itself": ("xlnet", "patching/families/xlnet.py", "visible._replace(itself=None)", "visible"),
+    "XLNet: score of itself of another segment": ("xlnet", "patching/families/xlnet.py", "score + segments[..., 0]", "score + segments[..., 1]"),
+    "XLNet: own weight never dropped": ("xlnet", "patching/families/xlnet.py", "nn.functional.dropout(weight, dropout_p)", "weight"),
+    "XLNet: distance 0 off by one": ("xlnet", "patching/families/xlnet.py", "first_distance=S,", "first_distance=S - 1,"),
+    "Parakeet: u and v swapped": ("parakeet", "patching/families/parakeet.py", "self.bias_u, self.bias_v)", "self.bias_v, self.bias_u)"),
+    "Parakeet: padded rows not the mean": ("parakeet", "patching/families/parakeet.py", "~padding.valid", "padding.valid & False"),
+    "Parakeet: positions' dropout shared": ("parakeet", "patching/families/parakeet_steps.py", "alike = not (encoder.training and encoder.dropout_positions)", "alike = True"),
+    "Nemotron: chunk one frame short": ("nemotron", "patching/families/nemotron.py", "& (ahead <= right)", "& (ahead < right)"),
+    "Nemotron: frames that see nothing": ("nemotron", "patching/families/nemotron.py", "lengths[:, None] <= first", "lengths[:, None] < first"),
+    "Nemotron: cache not attended to": ("nemotron", "patching/families/nemotron.py", "k, v = past_key_values.update(", "past_key_values.update("),
+    "Wav2Vec2: no dropout": ("wav2vec2_conformer", "patching/families/wav2vec2_conformer.py", "self.dropout.p if self.training else 0.0", "0.0"),
+    "Wav2Vec2: other positions served": ("wav2vec2_conformer", "patching/families/wav2vec2_conformer.py", 'or self.position_embeddings_type != "relative" or', "or"),
+    "FastSpeech2: padding inverted": ("fastspeech2", "patching/families/fastspeech2.py", "attention_mask[:, 0] != 0", "attention_mask[:, 0] == 0"),
+    "Gemma: a key too far back": ("gemma_audio", "patching/families/gemma_audio.py", "(self.max_past_horizon - 1,", "(self.max_past_horizon,"),
+    "Gemma: dead rows without the block's context": ("gemma_audio", "patching/families/gemma_audio.py", "_extract_block_context(v).mean(2)", "_extract_block_context(v).sum(2)"),
+    "NeMo: left context of chunks a frame long": ("nemo", "patching/families/nemo.py", "return (left + chunk - 1,", "return (left,"),
+    "NeMo: padded queries see": ("nemo", "patching/families/nemo.py", "out if visible.padded is None else", "out if True else"),
+    "NeMo: empty frames of the cache seen": ("nemo", "patching/families/nemo.py", "filled = frames >= offset[:, None]", "filled = frames >= 0 * offset[:, None]"),
+    "NeMo: local distances from the centre": ("nemo", "patching/families/nemo.py", "first_distance=left)", "first_distance=None)"),
+    "ESPnet: future not without positions": ("espnet", "patching/families/espnet.py", "r=positions.r[..., :S, :]", "r=positions.r"),
+    "ESPnet: legacy rows end at 0": ("espnet", "patching/families/espnet.py", "elif is_legacy:", "elif False:"),
+    "ESPnet transducer: padding in front seen in chunks": ("espnet_transducer", "patching/families/espnet_transducer.py", "else chunks & visible", "else chunks"),
+    "SpeechBrain: biases transposed": ("speechbrain", "patching/families/speechbrain.py", "self.pos_bias_u.view(H, -1)", "self.pos_bias_u.view(-1, H).t()"),
+    "SpeechBrain: scaled by the head": ("speechbrain", "patching/families/speechbrain.py", "scale=self.scale,", ""),
+    "SpeechBrain: one reading of the weight": ("speechbrain", "patching/families/speechbrain.py", "if (query is key or torch.equal(query, key))", "if True or (query is key)"),
+    "SpeechBrain: padding in front seen in a float mask": ("speechbrain", "patching/families/speechbrain.py", "mask.masked_fill(~padding, -torch.inf)", "mask"),
+    "fairseq: future not without positions": ("fairseq", "patching/families/fairseq.py", "pos_emb[:S] if self.zero_triu else pos_emb", "pos_emb"),
+    "DI-engine: second dropout left out": ("ding", "patching/families/ding.py", "self.dropout(self.project(out.permute(2, 0, 1, 3).flatten(2)))", "self.project(out.permute(2, 0, 1, 3).flatten(2))"),
+    "DI-engine: window not passed on": ("ding", "patching/families/ding.py", "window=visible.window,", ""),
+    "RLlib: gradient into the memory": ("rllib", "patching/families/rllib.py", "memory.detach()", "memory"),
+    "RLlib: queries of the memory": ("rllib", "patching/families/rllib.py", "q[:, :, -T:]", "q[:, :, :T]"),
+}  # fmt: skip
 
-def survives(file: str, old: str, new: str, cache: str) -> bool:
-    """Whether the tests pass with the mutation in a copy of the project; those that failed before go first."""
+
+class Mutation(NamedTuple):
+    """A break, by path from the root of the project, and the tests that must notice."""
+
+    tests: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = {
+    name: Mutation("tests/interpreter", f"txl_kernels/triton_backend/{x[0]}", *x[1:]) for name, x in KERNELS.items()
+}
+MUTATIONS |= {
+    name: Mutation(f"tests/patching/test_{x[0]}.py", f"txl_kernels/{x[1]}", *x[2:]) for name, x in PATCHES.items()
+}
+
+
+def outcome(mutation: Mutation, cache: str) -> str:
+    """What the tests say to the mutation in a copy of the project; those that failed before go first."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
         for name in ("txl_kernels", "reference", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        path = copy / KERNELS / file
+        path = copy / mutation.file
         text = path.read_text()
-        if text.count(old) < 1:
-            raise SystemExit(f"{file}: nothing to mutate, {old!r} is not there")
-        path.write_text(text.replace(old, new))
+        if text.count(mutation.old) < 1:
+            raise SystemExit(f"{mutation.file}: nothing to mutate, {mutation.old!r} is not there")
+        path.write_text(text.replace(mutation.old, mutation.new))
         options = ["-q", "-x", "--failed-first", "-o", f"cache_dir={cache}", "-m", "not long"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": directory}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": directory}
+        if mutation.tests == "tests/interpreter":
+            environment["TRITON_INTERPRET"] = "1"
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "tests/interpreter"],
+            [sys.executable, "-m", "pytest", *options, mutation.tests],
             cwd=copy, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if run.returncode not in (0, 1):
+        # nothing is collected where a package is not installed
+        outcomes = {0: "SURVIVED", 1: "caught", 5: "not tried"}
+        if run.returncode not in outcomes or (run.returncode == 5 and mutation.tests == "tests/interpreter"):
             raise SystemExit(f"the tests did not run:\n{run.stdout}{run.stderr}")
-        return run.returncode == 0
+        return outcomes[run.returncode]
 
 
 def main(names: list[str]) -> None:
     """Tries the mutations with one of the given words in their name, or all; exits with 1 if one survives.
 
-    One process for each processor; each remembers which tests its mutations failed.
+    Those of a family whose package is not installed are not tried. One process for each processor; each remembers
+    which tests its mutations failed.
     """
     chosen = {name: m for name, m in MUTATIONS.items() if not names or any(word in name for word in names)}
     workers = os.cpu_count() or 1
-    survivors = []
+    outcomes = []
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(workers) as pool:
         caches = queue.SimpleQueue()
         for worker in range(workers):
             caches.put(str(Path(directory) / str(worker)))
 
-        def attempt(mutation: tuple[str, str, str]) -> bool:
+        def attempt(mutation: Mutation) -> str:
             cache = caches.get()
             try:
-                return survives(*mutation, cache)
+                return outcome(mutation, cache)
             finally:
                 caches.put(cache)
 
-        for (name, mutation), alive in zip(chosen.items(), pool.map(attempt, chosen.values()), strict=True):
-            print(f"{'SURVIVED' if alive else 'caught'}  {mutation[0]}: {name}", flush=True)
-            survivors += [name] if alive else []
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
-    sys.exit(1 if survivors else 0)
+        for (name, mutation), seen in zip(chosen.items(), pool.map(attempt, chosen.values()), strict=True):
+            print(f"{seen}  {mutation.file}: {name}", flush=True)
+            outcomes.append(seen)
+    print(f"{outcomes.count('caught')} of {len(chosen)} mutations caught, {outcomes.count('not tried')} not tried")
+    sys.exit("SURVIVED" in outcomes)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from txl_kernels.validation import has_values
 
@@ -23,20 +23,19 @@ def readable(mask: Tensor) -> bool:
 def once_per_mask(find: Callable[..., Found]) -> Callable[..., Found]:
     """find(mask, *args), called once for a mask object, its views of one kind and args, again after an edit in place.
 
-    Inference tensors keep no version, so an edit of one of them goes unnoticed. What is not `readable` is searched
-    each time. What is found must not be a view of the mask: that would keep it alive for ever.
+    Some args may be masks, too. Inference tensors keep no version, so an edit of one of them goes unnoticed. Unless all
+    masks are `readable`, they are searched each time. What is found must not be a view of the mask: that would keep it
+    alive for ever.
     """
-    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> its version and view, and what was found
+    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> the state of all masks, and what was found
 
     @functools.wraps(find)
     def found(mask: Tensor, *args) -> Found:
-        if not readable(mask):
+        if not all(readable(x) for x in (mask, *args) if isinstance(x, Tensor)):
             return find(mask, *args)
-        base = mask if mask._base is None else mask._base
-        version = -1 if mask.is_inference() else mask._version
         # what is made in inference mode can't be saved for a backward
-        inference = torch.is_inference_mode_enabled()
-        read_for = (version, tuple(mask.shape), mask.stride(), mask.storage_offset(), inference, args)
+        read_for = [_state(x) if isinstance(x, Tensor) else x for x in (mask, *args, torch.is_inference_mode_enabled())]
+        base = _base(mask)
         known_for, result = known.get(base, (None, None))
         if known_for != read_for:
             result = find(mask, *args)
@@ -44,3 +43,13 @@ def once_per_mask(find: Callable[..., Found]) -> Callable[..., Found]:
         return result
 
     return found
+
+
+def _base(mask: Tensor) -> Tensor:
+    return mask if mask._base is None else mask._base
+
+
+def _state(mask: Tensor) -> tuple:
+    """Differs from that of another mask, after an edit, and of another view; keeps no mask alive."""
+    version = -1 if mask.is_inference() else mask._version
+    return WeakIdRef(_base(mask)), version, tuple(mask.shape), mask.stride(), mask.storage_offset()

@@ -16,7 +16,7 @@ class Case(NamedTuple):
 
     Attributes:
         family: As in the README's table.
-        shape: Said in the report: "2 min, B = 2, 2 layers, 4 heads x 64".
+        shape: Said in the report: "2 min: T = 1500, B = 2, 1 layer, 4 heads x 64".
         build: Makes the model, with attention that is not uniform (`benchmarks.measure.with_larger_weights`), and what
             runs it: run(model) gives states, differentiable in the model's parameters. Called with smoke=True for
             tiny sizes. Same numbers each time.
@@ -25,6 +25,12 @@ class Case(NamedTuple):
     family: str
     shape: str
     build: Callable[[bool], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+
+
+def shape_of(name: str, layers: int, heads: str = "4 heads x 64", **sizes: int) -> str:
+    """As `Case.shape` has it: name: T = 1500, B = 2, 1 layer, 4 heads x 64."""
+    parts = [f"{letter} = {n}" for letter, n in sizes.items()] + [f"{layers} layer{'s' * (layers > 1)}", heads]
+    return f"{name}: {', '.join(parts)}"
 
 
 # file of this folder -> the module that must be importable for its cases

@@ -10,7 +10,7 @@ import torch
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 KINDS = {"ESPnet": "latest", "ESPnet, legacy positions": "legacy"}
@@ -34,7 +34,7 @@ def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
 
 
 CASES = [
-    Case(kind, f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, kind, T, B, n))
+    Case(kind, shape_of(length, n, T=T, B=B), functools.partial(_build, kind, T, B, n))
     for kind in KINDS
     for length, T, B, n in AUDIO[:2]
 ]

@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 from tests.patching.fairseq_package import S2TConformerEncoder
 
@@ -32,6 +32,5 @@ def _build(T: int, B: int, layers: int, smoke: bool):
 
 
 CASES = [
-    Case("fairseq", f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, T, B, n))
-    for length, T, B, n in AUDIO[:2]
+    Case("fairseq", shape_of(length, n, T=T, B=B), functools.partial(_build, T, B, n)) for length, T, B, n in AUDIO[:2]
 ]

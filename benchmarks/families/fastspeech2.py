@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import FastSpeech2ConformerConfig
 from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import FastSpeech2ConformerEncoder
 
-from benchmarks.families import Case
+from benchmarks.families import Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 
@@ -35,7 +35,7 @@ def _build(T: int, B: int, layers: int, smoke: bool):
 CASES = [  # 86 frames a second
     Case(
         "FastSpeech2-Conformer",
-        f"{length}: T = {T}, B = {B}, {n} layers, 2 heads x 192",
+        shape_of(length, n, "2 heads x 192", T=T, B=B),
         functools.partial(_build, T, B, n),
     )
     for length, T, B, n in (("4 s", 375, 4, 2), ("17 s", 1500, 2, 2))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
 from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 MELS = 32  # of 128, or the subsampling would be all there is to measure
@@ -48,7 +48,7 @@ CASES = [
     # 25 frames a second
     Case(
         family,
-        f"{length}: T = {2 * T}, B = {B}, {n} layers, 4 heads x 64",
+        shape_of(length, n, T=2 * T, B=B),
         functools.partial(_build, make, 2 * T, B, n),
     )
     for family, make in (("Gemma 3n audio", _gemma3n), ("Gemma 4 audio", _gemma4))

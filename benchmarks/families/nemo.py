@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 from tests.patching.nemo_package import ConformerEncoder
 
@@ -34,7 +34,7 @@ def _build(context: str, T: int, B: int, layers: int, smoke: bool):
 
 
 CASES = [
-    Case(context, f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, context, T, B, n))
+    Case(context, shape_of(length, n, T=T, B=B), functools.partial(_build, context, T, B, n))
     for context in CONTEXTS
     for length, T, B, n in AUDIO[:2]
     if context == "NeMo" or length == "2 min"

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 LOOKAHEAD = 13  # frames: chunks of 14, five of which are seen beside a frame's own
@@ -54,7 +54,7 @@ def _build_stream(chunks: int, layers: int, smoke: bool):
 CASES = [
     Case(
         "Nemotron streaming",
-        f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64",
+        shape_of(length, n, T=T, B=B),
         functools.partial(_build, T, B, n),
     )
     for length, T, B, n in AUDIO[:2]  # its positions end at 5000
@@ -62,7 +62,7 @@ CASES = [
 CASES.append(
     Case(
         "Nemotron streaming",
-        "27 chunks: T = 14, B = 1, 2 layers, 8 heads x 128",
+        shape_of("27 chunks", 2, "8 heads x 128", T=14, B=1),
         functools.partial(_build_stream, 27, 2),
     )
 )

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 
@@ -30,6 +30,5 @@ def build(T: int, B: int, layers: int, smoke: bool):
 
 
 CASES = [
-    Case("Parakeet", f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(build, T, B, n))
-    for length, T, B, n in AUDIO
+    Case("Parakeet", shape_of(length, n, T=T, B=B), functools.partial(build, T, B, n)) for length, T, B, n in AUDIO
 ]

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 from tests.patching.speechbrain_package import ConformerEncoder, RelPosEncXL
 
@@ -29,6 +29,6 @@ def _build(T: int, B: int, layers: int, smoke: bool):
 
 
 CASES = [
-    Case("SpeechBrain", f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, T, B, n))
+    Case("SpeechBrain", shape_of(length, n, T=T, B=B), functools.partial(_build, T, B, n))
     for length, T, B, n in AUDIO[:2]
 ]

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import Case
+from benchmarks.families import Case, shape_of
 from benchmarks.measure import with_larger_weights
 from reference.layer import RelPartialLearnableMultiHeadAttn
 from txl_kernels.models.decoder import PositionalEmbedding, PositionwiseFF
@@ -50,7 +50,7 @@ def _build(T: int, M: int, B: int, layers: int, smoke: bool):
 CASES = [
     Case(
         "Transformer-XL (original)",
-        f"{T} + {M}: T = {T}, M = {M}, B = {B}, {n} layers, 4 heads x 64",
+        shape_of(f"{T} + {M}", n, T=T, M=M, B=B),
         functools.partial(_build, T, M, B, n),
     )
     for T, M, B, n in ((512, 512, 4, 2),)

@@ -10,7 +10,7 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertEncoder
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
 
-from benchmarks.families import AUDIO, Case
+from benchmarks.families import AUDIO, Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 
@@ -56,7 +56,7 @@ _MODELS = {
     "SeamlessM4T": _seamless,
 }
 CASES = [
-    Case(family, f"{length}: T = {T}, B = {B}, {n} layers, 4 heads x 64", functools.partial(_build, make, T, B, n))
+    Case(family, shape_of(length, n, T=T, B=B), functools.partial(_build, make, T, B, n))
     for family, make in _MODELS.items()
     for length, T, B, n in AUDIO[:2]
 ]

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.families import Case
+from benchmarks.families import Case, shape_of
 from benchmarks.measure import with_larger_weights
 
 
@@ -38,7 +38,7 @@ def _build(T: int, M: int, B: int, layers: int, smoke: bool):
 CASES = [
     Case(
         "XLNet",
-        f"{T} + {M}: T = {T}, M = {M}, B = {B}, {n} layers, 4 heads x 64",
+        shape_of(f"{T} + {M}", n, T=T, M=M, B=B),
         functools.partial(_build, T, M, B, n),
     )
     for T, M, B, n in ((512, 384, 4, 2),)

@@ -13,10 +13,12 @@ import txl_kernels
 from tests.patching.loading import skip_without
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
     results,
 )
@@ -83,12 +85,10 @@ def test_other_masks():
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(5, 11, 1, dtype=torch.bool)])
-def test_the_future_comes_from_its_own_method(mask, monkeypatch):
-    monkeypatch.setattr("txl_kernels.patching.replacement._warned", set())
-    model, inputs = make_attention(), attention_inputs(5, 6)
-    with pytest.warns(UserWarning, match="AttentionXL: a mask that shows the future"):
-        got = copied(model)(**inputs, mask=mask)
-    assert torch.equal(got, model(**inputs, mask=mask))
+def test_the_future_comes_from_its_own_method(mask):
+    inputs = attention_inputs(5, 6)
+    run = lambda model: model(**inputs, mask=mask)  # noqa: E731
+    assert_own_method(make_attention(), run, "AttentionXL: a mask that shows the future")
 
 
 def test_a_window():
@@ -142,17 +142,7 @@ def test_segments_of_other_lengths_and_batch_first():
 
 def test_autocast():
     model, inputs = make_model(), {f"x{i}": x for i, x in enumerate(segments())}
-    truth = run_segments(model, **inputs)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = run_segments(model, **inputs)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: run_segments(model, **inputs))
 
 
 def test_masks_are_read_once_for_all_layers_and_segments(monkeypatch):
@@ -175,7 +165,7 @@ def test_copies_and_pickles_of_a_model_that_has_memory():
         assert torch.equal(again(inputs["x0"])["logit"], copy.deepcopy(patched)(inputs["x0"])["logit"])
 
 
-def test_attention_makes_no_tensor_that_grows_with_the_square_of_the_length():
+def test_nothing_quadratic_is_made():
     """Only GTrXL's own mask, one byte a pair and kept for later forwards, does."""
     model = make_attention()
 
@@ -184,9 +174,4 @@ def test_attention_makes_no_tensor_that_grows_with_the_square_of_the_length():
         model(**inputs, mask=mask)  # reads the mask
         return lambda: model(**inputs, mask=mask).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 800)) / largest_tensor(step(side, 400))
-        for name, side in (("patched", copied(model)), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 400)

@@ -5,10 +5,13 @@ import torch
 
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
 )
 
@@ -108,29 +111,16 @@ def test_float64_left_context_and_positions_of_each_sequence(simplified):
 
 
 def test_a_bias_of_each_sequence_comes_from_its_own_method():
-    model, inputs = make_attention(simplified=True), make_inputs(positions=2)
-    patched = copied(model)
-    with pytest.warns(UserWarning, match="RelPositionMultiHeadedAttention: a bias that differs"):
-        got = attended(patched, **inputs)
-    assert torch.equal(got, attended(model, **inputs))
-    assert patched.attn is not None
+    """Which keeps its weights as ever."""
+    inputs = make_inputs(positions=2)
+    run = lambda model: (attended(model, **inputs), model.attn)  # noqa: E731
+    assert_own_method(make_attention(simplified=True), run, "RelPositionMultiHeadedAttention: a bias that differs")
 
 
 @pytest.mark.parametrize("simplified", [False, True])
 def test_autocast(simplified):
     model, inputs = make_encoder(simplified_att_score=simplified), batch()
-    patched = copied(model)  # before it keeps weights, which can't be copied
-    truth = states(model, **inputs)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = states(model, **inputs)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(patched)
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: states(model, **inputs))
 
 
 @pytest.mark.parametrize("simplified", [False, True])
@@ -139,20 +129,22 @@ def test_dropout_of_attention(simplified):
     assert_same_dropout(make_attention(simplified, dropout=0.3).train(), lambda model: attended(model, **inputs))
 
 
+@pytest.mark.parametrize("options", [{}, {"short_chunk_threshold": 1.0} | CHUNKED])
+def test_masks_are_read_once_for_all_layers(options):
+    model, inputs = make_encoder(**options), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
+
+
 @pytest.mark.parametrize("simplified", [False, True])
 def test_nothing_quadratic_is_made(simplified):
-    """The largest tensor of a forward and backward grows with the length, not with its square."""
-    model, growth = make_attention(simplified), {}
+    model = make_attention(simplified)
 
     def step(model, T):
         inputs = make_inputs(T, T)
         mask = torch.arange(T) >= torch.tensor([[T], [T // 2]])
         return lambda: attended(model, mask=mask, **inputs).sum().backward()
 
-    for name, side in (("patched", copied(model)), ("own", model)):
-        growth[name] = largest_tensor(step(side, 1600)) / largest_tensor(step(side, 800))
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 800)
 
 
 @pytest.mark.parametrize("simplified", [False, True])

@@ -12,10 +12,13 @@ import txl_kernels
 from tests.patching.loading import skip_without
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
     results,
 )
@@ -88,11 +91,9 @@ def test_sequences_without_a_frame_are_zeros():
 
 
 def test_what_it_can_t_serve_comes_from_its_own_method():
-    model, inputs = make_attention(), attention_inputs(5)
+    inputs = attention_inputs(5)
     inputs["pos_emb"] = inputs["pos_emb"][:-1]
-    with pytest.warns(UserWarning, match="positions other than"):
-        got = copied(model)(**inputs)
-    assert torch.equal(got[0], model(**inputs)[0])
+    assert_own_method(make_attention(), lambda model: run_attention(model, **inputs), "positions other than")
 
 
 def test_weights_are_not_kept():
@@ -125,41 +126,27 @@ def test_encoder_on_a_padded_batch(train):
 
 def test_autocast():
     model, x = make_encoder(), torch.randn(3, 40, 8)
-    patched, truth = copied(model), run_encoder(model, x)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = run_encoder(model, x)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(patched)
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: run_encoder(model, x))
 
 
-def test_padding_is_read_once_for_all_layers(monkeypatch):
-    lengths = []
+def test_masks_are_read_once_for_all_layers(monkeypatch):
+    x, lengths = torch.randn(3, 40, 8), []
+    assert_reads_once(make_encoder(), lambda model: run_encoder(model, x))
     file = txl_kernels.patching.families.fairseq
     kept = file.rel_attention
     monkeypatch.setattr(
         file, "rel_attention", lambda *x, **options: lengths.append(options["key_lengths"]) or kept(*x, **options)
     )
-    run_encoder(copied(make_encoder()), torch.randn(3, 40, 8))
+    run_encoder(copied(make_encoder()), x)
     assert lengths[0].tolist() == [20, 13, 7]
     assert lengths[1] is lengths[0]
 
 
-def test_no_tensor_grows_with_the_square_of_the_length():
+def test_nothing_quadratic_is_made():
     model = make_encoder()
 
     def step(model, T):
         x = torch.randn(2, 2 * T, 8)
         return lambda: run_encoder(model, x, (2 * T, T)).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 1000)) / largest_tensor(step(side, 500))
-        for name, side in (("patched", copied(model)), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 500)

@@ -6,15 +6,18 @@ import torch
 import txl_kernels
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
+    training,
 )
-from txl_kernels.patching import replacement
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS, WORDS = 32, 6, 20
 
@@ -88,10 +91,7 @@ def test_the_whole_model_in_training_mode():
     spectrogram[torch.arange(spectrogram.shape[1]) >= frames[:, None]] = -100.0
     labels = {"spectrogram_labels": spectrogram, "duration_labels": durations}
     labels |= {name: torch.randn(3, 30, 1) for name in ("pitch_labels", "energy_labels")}
-    model = make_model().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            module.eval()  # the gradient of what they subtract is all rounding
+    model = training(make_model())
 
     def run(model, **inputs):
         out = model(input_ids=ids, attention_mask=mask, **labels)
@@ -123,17 +123,7 @@ def test_autocast():
     decoder, mask = make_model().decoder, words()[1][:, None]
     torch.manual_seed(2)
     x = torch.randn(3, 30, C)
-    truth = encoded(decoder, x, mask)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = encoded(model, x, mask)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(decoder)
-    after, patched_dtype = errors(copied(decoder))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(decoder, lambda model: encoded(model, x, mask))
 
 
 def test_dropout_of_attention():
@@ -143,21 +133,14 @@ def test_dropout_of_attention():
     assert_same_dropout(attention, lambda module: module(x, pos_emb=positions)[0])
 
 
-def test_attention_weights_come_from_its_own_method(monkeypatch):
+def test_attention_weights_come_from_its_own_method():
     ids, mask = words()
-    model = make_model()
-    run = lambda model: model(input_ids=ids, attention_mask=mask, output_attentions=True)  # noqa: E731
-    wanted = run(model)
-    monkeypatch.setattr(replacement, "_warned", set())
-    with pytest.warns(UserWarning, match="FastSpeech2ConformerAttention: attention weights"):
-        got = run(copied(model))
-    assert len(got.encoder_attentions) == len(got.decoder_attentions) == 2
-    for a, b in zip(
-        got.encoder_attentions + got.decoder_attentions,
-        wanted.encoder_attentions + wanted.decoder_attentions,
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+
+    def run(model):
+        out = model(input_ids=ids, attention_mask=mask, output_attentions=True)
+        return (out.spectrogram, *out.encoder_attentions, *out.decoder_attentions)
+
+    assert len(assert_own_method(make_model(), run, "FastSpeech2ConformerAttention: attention weights")) == 1 + 4
 
 
 def test_masks_of_another_shape_are_refused_as_before():
@@ -179,20 +162,19 @@ def test_a_patched_encoder_with_attention_of_its_own():
         txl_kernels.unpatch(type(decoder))
 
 
-def test_no_tensor_grows_with_the_square_of_the_length():
+def test_masks_are_read_once_for_all_layers():
+    decoder, mask = make_model().decoder, words()[1][:, None]
+    assert_reads_once(decoder, lambda model: encoded(model, torch.randn(3, 30, C), mask))
+
+
+def test_nothing_quadratic_is_made():
     model = make_model().decoder
-    patched = copied(model)
 
     def step(model, T):
         x, mask = torch.randn(2, T, C), (torch.arange(T) < torch.tensor([T, T // 2])[:, None])[:, None]
         return lambda: encoded(model, x, mask).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 800)) / largest_tensor(step(side, 400))
-        for name, side in (("patched", patched), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 400)
 
 
 def test_compiled_in_one_graph():

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 import txl_kernels
-from tests.patching.tools import assert_alike, assert_same_when_patched, copied, largest_tensor, randomized
+from tests.patching.tools import (
+    assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
+    assert_same_under_autocast,
+    assert_same_when_patched,
+    copied,
+    randomized,
+    states_and_weights,
+)
 from txl_kernels import rel_attention
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 from transformers.models.gemma3n import modeling_gemma3n as gemma3n  # noqa: E402
 from transformers.models.gemma4 import modeling_gemma4 as gemma4  # noqa: E402
 
@@ -109,17 +119,7 @@ def test_autocast(family):
         model, mask = make(gemma3n.Gemma3nAudioEncoder, config3n()), ~valid
     else:
         model, mask = make(gemma4.Gemma4AudioModel, config4()), valid
-    truth = model(features, mask).last_hidden_state
-
-    def error(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(features, mask).last_hidden_state
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = error(model)
-    after, patched_dtype = error(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: model(features, mask).last_hidden_state)
 
 
 def test_gemma4_of_16_bits_attends_in_float32(monkeypatch):
@@ -135,14 +135,10 @@ def test_gemma4_of_16_bits_attends_in_float32(monkeypatch):
 
 
 def test_attention_weights_and_masks_in_blocks_are_left_to_its_own_method():
-    model, (features, valid) = make(gemma4.Gemma4AudioModel, config4()), batch()
-    wanted = model(features, valid, output_attentions=True)
-    with pytest.warns(UserWarning, match="Gemma4AudioAttention: a mask in blocks"):
-        got = copied(model)(features, valid, output_attentions=True)
-    assert len(got.attentions) == 2
-    for a, b in zip(got.attentions, wanted.attentions, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    features, valid = batch()
+    model = make(gemma4.Gemma4AudioModel, config4())
+    run = lambda model: states_and_weights(model(features, valid, output_attentions=True))  # noqa: E731
+    assert len(assert_own_method(model, run, "Gemma4AudioAttention: a mask in blocks")) == 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -154,21 +150,25 @@ def test_what_is_left_alone(option, reason):
     assert reason in report.left_alone[0].reason
 
 
-def test_nothing_of_T_by_T_is_made():  # noqa: N802
-    """The largest tensor of a forward and backward of Gemma 4 grows with the length, not with its square."""
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_masks_are_read_once_for_all_layers(family):
+    features, valid = batch()
+    if family == "gemma3n":
+        model, mask = make(gemma3n.Gemma3nAudioEncoder, config3n()), ~valid
+    else:
+        model, mask = make(gemma4.Gemma4AudioModel, config4()), valid
+    assert_reads_once(model, lambda model: model(features, mask))
+
+
+def test_nothing_quadratic_is_made():
+    """By Gemma 4, that is."""
     own = make(gemma4.Gemma4AudioModel, config4(num_hidden_layers=1))
-    patched = copied(own)
 
     def step(model, frames):
         features, valid = batch(frames, 1)
         return lambda: model(features, valid).last_hidden_state.sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 16384)) / largest_tensor(step(side, 8192))
-        for name, side in (("patched", patched), ("own", own))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(own, step, 8192)
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])

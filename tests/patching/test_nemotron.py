@@ -6,16 +6,20 @@ import torch
 import txl_kernels
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
     results,
+    states_and_weights,
 )
 from txl_kernels.patching import replacement
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS = 32, 16
 
@@ -132,17 +136,7 @@ def test_streaming_with_caches(B):
 
 def test_autocast():
     model, inputs = make_encoder(), batch()
-    truth = states(model, **inputs)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = states(model, **inputs)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: states(model, **inputs))
 
 
 def test_dropout_of_attention():
@@ -173,14 +167,11 @@ def test_layers_left_out():
     assert_same_when_patched(model, seeded, batch())
 
 
-def test_attention_weights_come_from_its_own_method(monkeypatch):
-    model, inputs = make_encoder(), batch()
-    wanted = model(**inputs, output_attentions=True)
-    monkeypatch.setattr(replacement, "_warned", set())
-    with pytest.warns(UserWarning, match="NemotronAsrStreamingEncoderAttention: attention weights"):
-        got = copied(model)(**inputs, output_attentions=True)
-    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
-    assert got.attentions == wanted.attentions == ()  # "sdpa" gives none
+def test_attention_weights_come_from_its_own_method():
+    """Which, being "sdpa", gives none."""
+    inputs = batch()
+    run = lambda model: states_and_weights(model(**inputs, output_attentions=True))  # noqa: E731
+    assert len(assert_own_method(make_encoder(), run, "NemotronAsrStreamingEncoderAttention: attention weights")) == 1
 
 
 def test_hidden_states_are_recorded():
@@ -217,21 +208,20 @@ def test_a_patched_encoder_with_attention_of_its_own():
         txl_kernels.unpatch(type(model))
 
 
-def test_no_tensor_grows_with_the_square_of_the_length():
+def test_masks_are_read_once_for_all_layers():
+    model, inputs = make_encoder(), batch()
+    assert_reads_once(model, lambda model: states(model, **inputs))
+
+
+def test_nothing_quadratic_is_made():
     """The mask of chunks included."""
     model = make_encoder(subsampling_factor=2, subsampling_conv_channels=2)
-    patched = copied(model)
 
     def step(model, frames):
         inputs = batch(frames, 0.5, 2)
         return lambda: states(model, **inputs).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 2400)) / largest_tensor(step(side, 1200))
-        for name, side in (("patched", patched), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 1200)
 
 
 def test_compiled_in_one_graph():

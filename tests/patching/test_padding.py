@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from txl_kernels.patching import padding
-from txl_kernels.patching.padding import key_padding, of_rows
+from tests.patching.tools import reads
+from txl_kernels.patching.masks import window_of
+from txl_kernels.patching.padding import key_padding, of_rows, window_and_key_padding
 
 B, S = 4, 6
 LENGTHS = torch.tensor([6, 4, 1, 0])
@@ -12,14 +13,6 @@ LENGTHS = torch.tensor([6, 4, 1, 0])
 
 def mask() -> torch.Tensor:
     return torch.arange(S) < LENGTHS[:, None]
-
-
-@pytest.fixture
-def reads(monkeypatch) -> list:
-    """A list that grows with each reading of entries."""
-    seen, equal = [], torch.equal
-    monkeypatch.setattr(padding.torch, "equal", lambda *x: seen.append(0) or equal(*x))
-    return seen
 
 
 def test_lengths():
@@ -43,31 +36,62 @@ def test_nothing_to_read(shape):
     assert key_padding(torch.ones(shape, dtype=torch.bool)).key_lengths is None
 
 
-def test_layers_read_a_mask_once(reads):
+def test_layers_read_a_mask_once():
     valid = mask()
-    for _ in range(3):
-        assert key_padding(valid).key_lengths.tolist() == LENGTHS.tolist()
-    assert len(reads) == 1
-    for _ in range(3):  # a new view for every layer, as in valid[:, None] of the model and [:, 0] of the layer
-        assert key_padding(valid[:, None][:, 0]).key_lengths.tolist() == LENGTHS.tolist()
-    assert len(reads) == 1
-    key_padding(mask())
-    assert len(reads) == 2
+    assert reads(lambda: key_padding(valid)) == 1
+    assert reads(lambda: key_padding(valid)) == 0
+    # a new view for every layer, as in valid[:, None] of the model and [:, 0] of the layer
+    assert reads(lambda: key_padding(valid[:, None][:, 0])) == 0
+    assert torch.equal(key_padding(valid[:, None][:, 0]).key_lengths, LENGTHS)
+    assert reads(lambda: key_padding(mask())) == 1
 
 
-def test_an_edit_is_seen(reads):
+def test_an_edit_is_seen():
     valid = mask()
     key_padding(valid)
     valid[0, 3:] = False
+    assert reads(lambda: key_padding(valid)) == 1
     assert key_padding(valid).key_lengths.tolist() == [3, 4, 1, 0]
     valid[:, 0] = False
     assert key_padding(valid).key_lengths is None
-    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("padded", ["behind", "in front"])
+def test_a_window_and_padding_are_read_at_once(padded):
+    """And again where one of the two is another one, or was edited."""
+    causal, valid = torch.ones(S, S).tril().bool(), mask() if padded == "behind" else mask().flip(1)
+
+    def assert_read(times: int) -> None:
+        assert reads(lambda: window_and_key_padding(causal, valid)) == times
+        window, found = window_and_key_padding(causal, valid)
+        wanted = window_of(causal.clone()), key_padding(valid.clone())
+        assert window == wanted[0]
+        for got, x in zip(found, wanted[1], strict=True):
+            assert got is None if x is None else torch.equal(got, x)
+
+    assert_read(1)
+    assert_read(0)
+    valid = valid.clone()
+    assert_read(1)
+    valid[0] = False
+    assert_read(1)
+    causal[5, 0] = False
+    assert_read(1)
+    assert reads(lambda: window_and_key_padding(causal, None)) == 1
+    assert reads(lambda: window_and_key_padding(None, valid)) == 1
+
+
+def test_nothing_to_read_of_two():
+    for visible, valid in [(torch.ones(S, S), torch.ones(0, S)), (torch.ones(0, S), mask())]:
+        window, found = window_and_key_padding(visible.bool(), valid.bool())
+        assert window is None
+        assert found.attn_mask.shape == (valid.shape[0], 1, 1, S)
 
 
 def test_another_view_of_the_same_memory_is_another_mask():
     valid = mask()
     key_padding(valid)
+    assert key_padding(valid[:3]).key_lengths.tolist() == [6, 4, 1]
     assert key_padding(valid[1:]).key_lengths.tolist() == [4, 1, 0]
     assert key_padding(valid[:, 1:]).key_lengths.tolist() == [5, 3, 0, 0]
 

@@ -8,16 +8,20 @@ import torch
 import txl_kernels
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
+    profiled,
     randomized,
+    states_and_weights,
+    training,
 )
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed (tests/patching/requirements.txt)"
-)
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 C, MELS = 32, 16
 
@@ -31,15 +35,6 @@ def make_encoder(implementation: str = "eager", **options) -> torch.nn.Module:
     config._attn_implementation = implementation
     torch.manual_seed(0)
     return randomized(transformers.ParakeetEncoder(config)).eval()
-
-
-def training(model: torch.nn.Module) -> torch.nn.Module:
-    """In training mode, but for the batch norms: the gradient of what they subtract is all rounding."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            module.eval()
-    return model
 
 
 def batch(frames: int = 200, B: int = 3) -> dict[str, torch.Tensor]:
@@ -83,17 +78,7 @@ def test_outputs_without_gradient_and_of_an_empty_sequence():
 
 def test_autocast():
     model, inputs = make_encoder(), batch()
-    truth = states(model, **inputs)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = states(model, **inputs)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: states(model, **inputs))
 
 
 def test_dropout_of_attention():
@@ -125,31 +110,39 @@ def test_dense_masks_of_one_s_own_are_served():
 
 
 def test_attention_weights_come_from_its_own_method():
+    inputs = batch()
+    run = lambda model: states_and_weights(model(**inputs, output_attentions=True))  # noqa: E731
+    assert len(assert_own_method(make_encoder(), run, "ParakeetEncoderAttention: attention weights")) == 1 + 2
+
+
+def test_masks_are_read_once_for_all_layers():
     model, inputs = make_encoder(), batch()
-    wanted = model(**inputs, output_attentions=True)
-    with pytest.warns(UserWarning, match="ParakeetEncoderAttention: attention weights"):
-        got = copied(model)(**inputs, output_attentions=True)
-    assert len(got.attentions) == 2
-    for a, b in zip(got.attentions, wanted.attentions, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    assert_reads_once(model, lambda model: states(model, **inputs))
 
 
-def test_nothing_grows_with_the_number_of_pairs():
-    """The largest tensor of a forward and backward grows with the length, not with its square."""
+def test_nothing_quadratic_is_made():
     model = make_encoder(subsampling_factor=2, subsampling_conv_channels=2)
-    attention = copied(model)
 
     def step(model, frames):
         inputs = batch(frames, 2)
         return lambda: states(model, **inputs).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 2400)) / largest_tensor(step(side, 1200))
-        for name, side in (("patched", attention), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 1200)
+
+
+def test_profile_of_6000_frames():
+    """Eight minutes of audio, padded: not even a byte for each pair of frames, in any step of forward or backward."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}
+    own, T = make_encoder(subsampling_factor=2, subsampling_conv_channels=2, **sizes), 6000
+    inputs = batch(2 * T, 1)
+    inputs["attention_mask"][:, -100:] = False
+    patched, own = (
+        profiled(lambda model=model: states(model, **inputs).sum().backward(), T - 50) for model in (copied(own), own)
+    )
+    assert patched.largest < T * T
+    assert patched.pairs == set()
+    assert own.largest >= 4 * T * (2 * T - 1)  # the position scores, before the shift
+    assert {"aten::_softmax", "aten::bitwise_and"} <= own.pairs  # the scores, the mask
 
 
 def test_compiled_in_one_graph():

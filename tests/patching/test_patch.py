@@ -1,4 +1,4 @@
-"""`patch` and `unpatch` themselves, on a class of one's own: what instances keep, what is refused, what is reported."""
+"""`patch` and `unpatch` themselves, on a class of one's own: what instances keep, and what is reported."""
 
 import copy
 import io
@@ -12,87 +12,16 @@ import torch
 from torch import nn
 
 import txl_kernels
-from reference.eager import rel_attention_eager
 from tests.patching.tools import assert_alike
-from txl_kernels import PatchError, patching
-from txl_kernels.patching import Replacement, table, warn_own
+from tests.patching.toy import (
+    Inherits,
+    SelfAttention,
+    calls,
+    is_fused,
+)
+from txl_kernels import PatchError
 
-B, T, H, D = 2, 7, 2, 4
-
-
-class SelfAttention(nn.Module):
-    """Somebody's relative attention."""
-
-    def __init__(self, window: int = 0) -> None:
-        super().__init__()
-        self.project = nn.Linear(H * D, 3 * H * D)
-        self.r = nn.Parameter(torch.randn(H, 2 * T - 1, D))
-        self.register_buffer("seen", torch.zeros(()))
-        self.window = window
-
-    def forward(self, x, weights=False):
-        """Attends."""
-        return rel_attention_eager(*heads(self, x), self.r, is_causal=False)
-
-
-class Inherits(SelfAttention):
-    pass
-
-
-class Overrides(SelfAttention):
-    def forward(self, x, weights=False):
-        return super().forward(x) + 1
-
-
-class Renamed(SelfAttention):
-    def forward(self, states, weights=False):
-        return super().forward(states)
-
-
-def heads(module, x):
-    return module.project(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
-
-
-def fused(self, original, x, weights=False):
-    if not torch.compiler.is_compiling():
-        calls.append(self)
-    if weights:
-        warn_own(self, "attention weights")
-        return original(x, weights)
-    return txl_kernels.rel_attention(*heads(self, x), self.r, is_causal=False)
-
-
-def check(module):
-    return "a window" if module.window else None
-
-
-calls: list[nn.Module] = []
-REPLACEMENT = Replacement("forward", fused, ("x", "weights"), check, own="attention weights")
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    monkeypatch.setattr(table, "_registered", {})
-    monkeypatch.setattr("txl_kernels.patching.replacement._warned", set())
-    patching.register(SelfAttention, REPLACEMENT)
-    calls.clear()
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(SelfAttention(), nn.Flatten(2))
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(B, T, H * D, generator=torch.Generator().manual_seed(1))
-
-
-def is_fused(model, x) -> bool:
-    calls.clear()
-    model(x)
-    return bool(calls)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def test_patch_and_unpatch(model, x):
@@ -234,93 +163,6 @@ def test_a_class_that_inherits_its_method(x):
     assert not is_fused(Inherits(), x)
 
 
-def _hooked() -> nn.Module:
-    module = SelfAttention()
-    module.forward = module.forward  # as accelerate's hooks do
-    return module
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Overrides, "Overrides overrides forward of SelfAttention"),
-        (lambda: SelfAttention(window=1), "a window"),
-        (_hooked, "forward of this instance was replaced"),
-    ],
-)
-def test_left_alone(model, x, make, reason):
-    left = make()
-    both = nn.Sequential(model, left)
-    for target in (both, left):
-        with pytest.raises(PatchError, match=reason):
-            txl_kernels.patch(target, strict=True)
-        assert not is_fused(model, x), "strict changed something before it raised"
-    report = txl_kernels.patch(both)
-    assert [entry.name for entry in report.left_alone] == ["1"]
-    assert reason in report.left_alone[0].reason
-    assert is_fused(model, x)
-    assert "txl_kernels" not in str(left)
-
-
-def test_changed_signature():
-    patching.register(Renamed, REPLACEMENT)
-    report = txl_kernels.patch(Renamed())
-    assert report.left_alone[0].reason == "forward: expected the parameters (x, weights), got (states, weights)"
-    assert txl_kernels.patch(Renamed).left_alone
-
-
-@pytest.mark.parametrize(
-    ("versions", "reason"),
-    [
-        (("0.1", "999"), None),
-        (("", ""), None),
-        (("999", ""), "torch: expected a version from 999, got "),
-        (("", "1.2"), "torch: expected a version below 1.2, got "),
-        (("0.1", "1"), "torch: expected a version from 0.1 and below 1, got "),
-    ],
-)
-def test_unknown_version(monkeypatch, versions, reason):
-    class Attention(SelfAttention):
-        pass
-
-    Attention.__qualname__ = "Attention"
-    monkeypatch.setattr(table, "_registered", {})
-    family = table.Family("toy", ("Attention",), "torch", versions)
-    monkeypatch.setattr(table, "FAMILIES", {__name__: family})
-    own = Replacement("forward", fused, ("x", "weights"))
-    monkeypatch.setattr(table, "_load", lambda family: type("file", (), {"REPLACEMENTS": {"Attention": own}}))
-    report = txl_kernels.patch(Attention())
-    if reason is None:
-        assert report.patched == ("",)
-    else:
-        assert report.left_alone[0].reason.startswith(reason)
-
-
-def test_a_model_without_known_attention():
-    report = txl_kernels.patch(nn.Linear(2, 2))
-    assert report.entries == report.patched == ()
-    assert "no known attention; looked for" in str(report)
-    assert "ParakeetEncoderAttention" in str(report)
-    with pytest.raises(PatchError, match=r"no known attention; looked for .*SelfAttention"):
-        txl_kernels.patch(nn.Linear(2, 2), strict=True)
-
-
-@pytest.mark.parametrize("function", [txl_kernels.patch, txl_kernels.unpatch])
-@pytest.mark.parametrize(("model", "got"), [(3, "int"), (None, "NoneType"), (int, "int"), ("encoder", "str")])
-def test_not_a_model(function, model, got):
-    with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module or a class of modules, got {got}"):
-        function(model)
-
-
-def test_register_refuses():
-    with pytest.raises(TypeError, match="cls: expected a class"):
-        patching.register(SelfAttention(), REPLACEMENT)
-    with pytest.raises(TypeError, match="replacement: expected a Replacement, got function"):
-        patching.register(SelfAttention, fused)
-    with pytest.raises(ValueError, match="replacement: expected a method of SelfAttention, got 'attend'"):
-        patching.register(SelfAttention, REPLACEMENT._replace(method="attend"))
-
-
 def test_own_method_warns_once(model, x):
     wanted = model[0](x, weights=True)
     txl_kernels.patch(model)
@@ -373,12 +215,3 @@ def test_distributed_wrappers(model, x, patched_first, wrapper):
             assert is_fused(model, x) is False
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_no_package_of_a_family_is_imported():
-    program = (
-        "import sys, torch, txl_kernels; txl_kernels.patch(torch.nn.Linear(1, 1)); packages = "
-        "{'transformers', 'nemo', 'espnet', 'espnet2', 'speechbrain', 'fairseq', 'ding', 'ray'}; "
-        "sys.exit(str(packages & set(sys.modules)) if packages & set(sys.modules) else 0)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,10 +10,13 @@ import txl_kernels
 from tests.patching.loading import skip_without
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
 )
 
@@ -142,19 +145,14 @@ def test_what_is_returned():
     assert weights is None
     assert torch.equal(patched(x, x, x, pos, return_attn_weights=False), out)
     assert_alike("out", model(x, x, x, pos, return_attn_weights=False), out, 3e-5)
-    wanted = model(x, x, x, pos, None, attn_mask("look-ahead", 9, 9))
-    with pytest.warns(UserWarning, match="RelPosMHAXL: attention weights"):
-        got = patched(x, x, x, pos, None, attn_mask("look-ahead", 9, 9), True)
-    assert torch.equal(got[0], wanted[0])
-    assert torch.equal(got[1], wanted[1])
+    mask = attn_mask("look-ahead", 9, 9)
+    got = assert_own_method(model, lambda m: m(x, x, x, pos, None, mask, True), "RelPosMHAXL: attention weights")
+    assert torch.equal(got[1], model(x, x, x, pos, None, mask)[1])  # by default
 
 
 def test_what_it_can_t_serve_comes_from_its_own_method():
-    model = make_attention()
     x, pos = torch.randn(2, 9, C), positions(9)[:, :16]
-    with pytest.warns(UserWarning, match="positions other than"):
-        got = copied(model)(x[:, :5], x, x, pos)
-    assert torch.equal(got[0], model(x[:, :5], x, x, pos)[0])
+    assert_own_method(make_attention(), lambda model: model(x[:, :5], x, x, pos), "positions other than")
     report = txl_kernels.patch(speechbrain.RelPosMHAXL(C, H, vdim=2 * C))
     assert "no forward for a vdim" in report.left_alone[0].reason
 
@@ -217,20 +215,19 @@ def test_transformer_asr(module, causal, chunks):
 def test_autocast():
     model, x = make_encoder(), torch.randn(2, 20, C)
     masks = {"src_key_padding_mask": padding(20, 13)}
-    truth = run_encoder(model, x, **masks)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = run_encoder(model, x, **masks)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: run_encoder(model, x, **masks))
 
 
-def test_masks_are_read_once_for_all_layers(monkeypatch):
+@pytest.mark.parametrize("kind", [None, *MASKS])
+@pytest.mark.parametrize("lengths", [None, (20, 13)])
+def test_masks_are_read_once_for_all_layers(kind, lengths):
+    masks = {} if kind is None else {"src_mask": attn_mask(kind, 20, 20)}
+    masks |= {} if lengths is None else {"src_key_padding_mask": padding(*lengths)}
+    model, x = make_encoder(3), torch.randn(2, 20, C)
+    assert_reads_once(model, lambda model: run_encoder(model, x, **masks))
+
+
+def test_what_is_read_is_shared(monkeypatch):
     """`rel_attention` gets the same tensors in every layer, and a window with a look-ahead mask."""
     calls = []
     file = txl_kernels.patching.families.speechbrain
@@ -246,19 +243,14 @@ def test_masks_are_read_once_for_all_layers(monkeypatch):
     assert len({call["attn_mask"].data_ptr() for call in calls[3:]}) == 1
 
 
-def test_no_tensor_grows_with_the_square_of_the_length():
+def test_nothing_quadratic_is_made():
     model = make_encoder()
 
     def step(model, T):
         x, mask = torch.randn(2, T, C), padding(T, T // 2)
         return lambda: run_encoder(model, x, src_key_padding_mask=mask).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 1000)) / largest_tensor(step(side, 500))
-        for name, side in (("patched", copied(model)), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 500)
 
 
 def test_compiled_in_one_graph():

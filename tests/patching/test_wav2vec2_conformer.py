@@ -6,19 +6,23 @@ import torch
 import txl_kernels
 from tests.patching.tools import (
     assert_alike,
+    assert_nothing_quadratic,
+    assert_own_method,
+    assert_reads_once,
     assert_same_dropout,
+    assert_same_under_autocast,
     assert_same_when_patched,
     copied,
-    largest_tensor,
     randomized,
     results,
+    states_and_weights,
+    training,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: make families")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: the extra families")
 
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder  # noqa: E402
 
-from txl_kernels.patching import replacement  # noqa: E402
 from txl_kernels.patching.families import wav2vec2_conformer  # noqa: E402
 
 C, FEATURES = 32, 12
@@ -62,15 +66,10 @@ def batch(family: str, T: int = 50, B: int = 3) -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(B, length, FEATURES), "attention_mask": mask.long()}
 
 
-def training(model: torch.nn.Module) -> torch.nn.Module:
-    """In training mode, but for the batch norms: the gradient of what they subtract is all rounding."""
-    model.train()
+def in_training(model: torch.nn.Module) -> torch.nn.Module:
     if hasattr(model, "freeze_feature_encoder"):
         model.freeze_feature_encoder()  # it would make leaves of its inputs
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            module.eval()
-    return model
+    return training(model)
 
 
 def states(model, **inputs):
@@ -102,7 +101,7 @@ def test_padded_batch(family, implementation):
 def test_without_mask_and_in_training_mode(family):
     inputs = batch(family, T=30)
     del inputs["attention_mask"]
-    assert_same_when_patched(training(make_model(family)), states, inputs)
+    assert_same_when_patched(in_training(make_model(family)), states, inputs)
 
 
 @every_family
@@ -141,17 +140,7 @@ def test_double_precision(family):
 @every_family
 def test_autocast(family):
     model, inputs = make_model(family), batch(family)
-    truth = states(model, **inputs)
-
-    def errors(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = states(model, **inputs)
-        return (out.float() - truth).abs().max().item(), out.dtype
-
-    before, dtype = errors(model)
-    after, patched_dtype = errors(copied(model))
-    assert patched_dtype == dtype
-    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+    assert_same_under_autocast(model, lambda model: states(model, **inputs))
 
 
 @every_family
@@ -178,18 +167,12 @@ def test_dense_masks_of_one_s_own_are_served(family, kind):
 
 @every_family
 @pytest.mark.parametrize("where", ["call", "configuration"])
-def test_attention_weights_come_from_its_own_method(family, where, monkeypatch):
+def test_attention_weights_come_from_its_own_method(family, where):
     asked = where == "configuration"
     model, inputs = make_model(family, "eager", output_attentions=asked), batch(family)
-    call = inputs if asked else inputs | {"output_attentions": True}
-    wanted = model(**call)
-    monkeypatch.setattr(replacement, "_warned", set())
-    with pytest.warns(UserWarning, match="SelfAttention: attention weights"):
-        got = copied(model)(**call)
-    assert len(got.attentions) == 2
-    for a, b in zip(got.attentions, wanted.attentions, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    options = {} if asked else {"output_attentions": True}
+    run = lambda model: states_and_weights(model(**inputs, **options))  # noqa: E731
+    assert len(assert_own_method(model, run, "SelfAttention: attention weights")) == 1 + 2
 
 
 @pytest.mark.parametrize("family", ["Wav2Vec2Bert", "SeamlessM4T"])
@@ -240,21 +223,20 @@ def test_a_patched_class_serves_instances_with_other_positions(family):
 
 
 @every_family
-def test_no_tensor_grows_with_the_square_of_the_length(family):
-    """The largest tensor of a forward and backward grows with the length, not with its square."""
+def test_masks_are_read_once_for_all_layers(family):
+    model, inputs = make_model(family), batch(family)
+    assert_reads_once(model, lambda model: states(model, **inputs))
+
+
+@every_family
+def test_nothing_quadratic_is_made(family):
     model = make_model(family).encoder
-    patched = copied(model)
 
     def step(model, T):
         x, valid = torch.randn(2, T, C), torch.arange(T) < torch.tensor([T, T // 2])[:, None]
         return lambda: encoded(model, x, valid).sum().backward()
 
-    growth = {
-        name: largest_tensor(step(side, 800)) / largest_tensor(step(side, 400))
-        for name, side in (("patched", patched), ("own", model))
-    }
-    assert growth["patched"] < 2.1, growth
-    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+    assert_nothing_quadratic(model, step, 400)
 
 
 @every_family
@@ -277,7 +259,7 @@ def test_compiled_in_one_graph(family, prepared, monkeypatch):
 
 @every_family
 def test_gradient_checkpointing(family):
-    model = training(make_model(family))
+    model = in_training(make_model(family))
     model.activation_checkpointing_enable()
     assert_same_when_patched(model, states, batch(family))
 

@@ -1,14 +1,19 @@
-"""A model before and after `patch`: outputs, gradients, statistics of dropout, and the largest tensor it makes."""
+"""A model before and after `patch`: outputs, gradients, autocast, statistics of dropout, and what it allocates."""
 
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import txl_kernels
+from txl_kernels.patching import replacement
 
 # Of the largest entry: both sides round, in another order, through every layer of the model.
 RELATIVE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 4e-2}
@@ -30,6 +35,15 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * fan_in**-0.5)
+    return model
+
+
+def training(model: nn.Module) -> nn.Module:
+    """In training mode, but for the batch norms: the gradient of what they subtract is all rounding."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
     return model
 
 
@@ -96,6 +110,49 @@ def assert_same_when_patched(
     return report
 
 
+def assert_same_under_autocast(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+    """In bfloat16, the output has the same dtype as before `patch`, and an error of at most twice that of before."""
+    patched = copied(model)  # before the model keeps weights, which can't be copied
+    truth = run(model)
+
+    def error(model: nn.Module) -> tuple[float, torch.dtype]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(model)
+        return (out.float() - truth).abs().max().item(), out.dtype
+
+    (before, dtype), (after, patched_dtype) = error(model), error(patched)
+    assert patched_dtype == dtype
+    assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+
+
+def assert_own_method(
+    model: nn.Module, run: Callable[[nn.Module], Tensor | tuple[Tensor, ...]], warning: str
+) -> tuple[Tensor, ...]:
+    """What run(model) gives is bit for bit the same after `patch`, with a warning that the module's own method runs.
+
+    Args:
+        model: Not patched.
+        run: Makes a request that no fused kernel serves.
+        warning: What the warning says, a regular expression.
+
+    Returns:
+        What run gives.
+    """
+    patched = copied(model)  # before the model keeps weights, which can't be copied
+    wanted = run(model)
+    with mock.patch.object(replacement, "_warned", set()), pytest.warns(UserWarning, match=warning):
+        got = run(patched)
+    got, wanted = (x if isinstance(x, tuple) else (x,) for x in (got, wanted))
+    assert len(got) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    return got
+
+
+def states_and_weights(out) -> tuple[Tensor, ...]:
+    """The tensors of an output of Hugging Face's models that was asked for attention weights."""
+    return (out.last_hidden_state, *out.attentions)
+
+
 def assert_same_dropout(model: nn.Module, run: Callable[[nn.Module], Tensor], runs: int = 400) -> None:
     """Mean and spread of an output over many dropout masks, before and after `patch`; the model is in training mode."""
 
@@ -134,6 +191,85 @@ def largest_tensor(function: Callable[[], object]) -> int:
     with _LargestStorage() as seen:
         function()
     return seen.largest
+
+
+def assert_nothing_quadratic(model: nn.Module, step: Callable[[nn.Module, int], Callable[[], object]], T: int) -> None:
+    """From T to 2T the largest tensor grows with the length after `patch`, and with its square before.
+
+    Args:
+        model: Not patched.
+        step: step(model, length) prepares a call, a forward and backward say; the call alone is looked at.
+        T: The shorter length.
+    """
+    growth = {
+        name: largest_tensor(step(side, 2 * T)) / largest_tensor(step(side, T))
+        for name, side in (("patched", copied(model)), ("own", model))
+    }
+    assert growth["patched"] < 2.1, growth
+    assert growth["own"] > 3.5, growth  # or the measurement would show nothing
+
+
+class Profile(NamedTuple):
+    """What PyTorch's profiler saw of a call, inside `rel_attention` as well.
+
+    Attributes:
+        largest: Bytes of the largest allocation.
+        pairs: Names of the operators that were handed a tensor with two dimensions of at least some length.
+    """
+
+    largest: int
+    pairs: set[str]
+
+
+def profiled(function: Callable[[], object], T: int) -> Profile:
+    """The profile of a call, with T as the length of `Profile.pairs`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as seen:
+        function()
+    allocations = [x.nbytes() for x in seen.profiler.kineto_results.events() if x.name() == "[memory]"]
+    pairs = {
+        event.name
+        for event in seen.events()
+        for shape in event.input_shapes or ()
+        if sum(isinstance(n, int) and n >= T for n in shape) >= 2
+    }
+    return Profile(max(allocations), pairs)
+
+
+class _OperatorReads(TorchDispatchMode):
+    """Counts the operators that bring entries of tensors to the host: for item, bool, int, arange(tensor), ..."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")
+        self.count += func.name() in names
+        return func(*args, **(kwargs or {}))
+
+
+class _MethodReads(TorchFunctionMode):
+    """Counts the methods that do so without an operator where the host is where the tensor is."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__ in ("tolist", "numpy", "cpu", "__array__")
+        return func(*args, **(kwargs or {}))
+
+
+def reads(function: Callable[[], object]) -> int:
+    """How often a call reads entries of tensors, for each of which a GPU would synchronise."""
+    # lengths are validated where they are on the host only
+    on_a_gpu = mock.patch("txl_kernels.validation.has_values", return_value=False)
+    with on_a_gpu, _OperatorReads() as operators, _MethodReads() as methods:
+        function()
+    return operators.count + methods.count
+
+
+def assert_reads_once(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """run(model), one forward of several layers, reads entries once more than before `patch` at most."""
+    patched = copied(model)
+    before, after = reads(lambda: run(model)), reads(lambda: run(patched))
+    assert after <= before + 1, f"{after} instead of {before}"
 
 
 def copied(model: nn.Module, **options: bool) -> nn.Module:

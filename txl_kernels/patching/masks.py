@@ -21,9 +21,12 @@ def window_of(valid: Tensor) -> tuple[int, int] | None:
     Args:
         valid: (T, S) bool, True = may attend.
     """
+    return window(reach(valid).tolist(), valid) if readable(valid) and valid.numel() else None
+
+
+def reach(valid: Tensor) -> Tensor:
+    """(2,): how far back and ahead a mask (T, S), which is not empty, shows keys; integers of 64 bits."""
     T, S = valid.shape
-    if not readable(valid) or not T * S:
-        return None
     # argmin and argmax give the first of equal entries
     entries, here = valid.view(torch.uint8), S - T
     first_key, first_query = entries.argmax(1), entries.argmax(0)
@@ -32,5 +35,10 @@ def window_of(valid: Tensor) -> tuple[int, int] | None:
     # rows and columns without a visible entry say nothing
     behind = behind.where(entries.amax(1) > 0, 0)
     ahead = ahead.where(entries.amax(0) > 0, 0)
-    left, right = torch.stack([behind.max(), ahead.max()]).clamp(min=0).tolist()
+    return torch.stack([behind.max(), ahead.max()]).clamp(min=0)
+
+
+def window(reach: list[int], valid: Tensor) -> tuple[int, int] | None:
+    """The `reach` of a mask (T, S) as a window, or None where it hides nothing."""
+    (left, right), (T, S) = reach, valid.shape
     return None if left >= S - 1 and right >= T - 1 else (left, right)

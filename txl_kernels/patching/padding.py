@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from txl_kernels.patching import masks
 from txl_kernels.per_mask import once_per_mask, readable
 
 
@@ -29,17 +30,51 @@ def key_padding(valid: Tensor) -> KeyPadding:
     Args:
         valid: (B, S) bool, True = may attend; of a mask that has it the other way round, `masks.allowed` of it.
     """
-    lengths = _lengths(valid) if readable(valid) and valid.numel() else None
+    return _as_padding(_read(valid) if _has_entries(valid) else None, valid)
+
+
+def window_and_key_padding(visible: Tensor | None, valid: Tensor | None) -> tuple[tuple[int, int] | None, KeyPadding]:
+    """`masks.window_of` one mask and `key_padding` of another, in one synchronisation.
+
+    Args:
+        visible: (T, S) bool, True = may attend, or None.
+        valid: (B, S), as in `key_padding`, or None.
+    """
+    if valid is None:
+        return None if visible is None else masks.window_of(visible), KeyPadding(None, None)
+    if visible is None:
+        return None, key_padding(valid)
+    window, lengths = _read_both(visible, valid) if _has_entries(visible) and _has_entries(valid) else (None, None)
+    return window, _as_padding(lengths, valid)
+
+
+def _has_entries(mask: Tensor) -> bool:
+    return readable(mask) and mask.numel() > 0
+
+
+def _as_padding(lengths: Tensor | None, valid: Tensor) -> KeyPadding:
     return KeyPadding(None, valid[:, None, None]) if lengths is None else KeyPadding(lengths, None)
 
 
 @once_per_mask
-def _lengths(valid: Tensor) -> Tensor | None:
-    """(B,), or None in case of padding in front, or within."""
+def _read(valid: Tensor) -> Tensor | None:
+    lengths, say_all = _lengths(valid)
+    return lengths if say_all else None
+
+
+@once_per_mask
+def _read_both(visible: Tensor, valid: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
+    lengths, say_all = _lengths(valid)
+    *reach, say_all = torch.cat([masks.reach(visible), say_all[None]]).tolist()
+    return masks.window(reach, visible), lengths if say_all else None
+
+
+def _lengths(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,), and whether they say all that the mask does: not in case of padding in front, or within."""
     lengths = valid.view(torch.uint8).argmin(1)  # the first padded key, 0 where there is none
     lengths = torch.where(valid[:, -1], valid.shape[1], lengths)
     behind = torch.arange(valid.shape[1], device=valid.device) < lengths[:, None]
-    return lengths if torch.equal(behind, valid) else None
+    return lengths, (behind == valid).all()
 
 
 def of_rows(mask: Tensor) -> Tensor | None:

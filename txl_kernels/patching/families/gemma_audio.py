@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from txl_kernels.functional import rel_attention
+from txl_kernels.patching.huggingface import wants_weights
 from txl_kernels.patching.masks import allowed
 from txl_kernels.patching.padding import KeyPadding, key_padding
 from txl_kernels.patching.patch import is_patched
@@ -93,8 +94,7 @@ def _encode(self: nn.Module, input_features: Tensor, attention_mask: Tensor | No
 
 def gemma4_encoder(self: nn.Module, original, *args, **kwargs):
     """Of `Gemma4AudioModel`: the same steps, without the mask of T x T."""
-    wants_weights = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
-    if wants_weights or not all(is_patched(layer.self_attn) for layer in self.layers):
+    if wants_weights(self, kwargs) or not all(is_patched(layer.self_attn) for layer in self.layers):
         return original(*args, **kwargs)
     return _encode(self, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming as original_code
 
 from txl_kernels.functional import rel_attention
+from txl_kernels.patching.families.parakeet_steps import projected_positions, projections, subsampled, through_layers
 from txl_kernels.patching.huggingface import wants_weights
 from txl_kernels.patching.patch import is_patched
 from txl_kernels.patching.replacement import Replacement, warn_own
@@ -54,24 +55,19 @@ def attention(
     if request is not None:
         warn_own(self, request)
         return original(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-    q, k, v = (_heads(self, x(hidden_states)) for x in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = projections(self, hidden_states)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
     # of the distances S - 1 ... -(S - 1), those that T queries have
-    r = _heads(self, self.relative_k_proj(position_embeddings[:, : k.shape[2] + q.shape[2] - 1]))
+    r = projected_positions(self, position_embeddings[:, : k.shape[2] + q.shape[2] - 1])
     out = rel_attention(
-        *(q, k, v, r if r.shape[0] > 1 else r[0], self.bias_u, self.bias_v),
+        *(q, k, v, r, self.bias_u, self.bias_v),
         is_causal=False,
         dropout_p=self.attention_dropout if self.training else 0.0,
         scale=self.scaling,
         **({"attn_mask": attention_mask} if visible is None else visible._asdict()),
     )
     return self.o_proj(out.transpose(1, 2).flatten(2)), None
-
-
-def _heads(module: nn.Module, x: Tensor) -> Tensor:
-    """(B, T, H * D) as (B, H, T, D)."""
-    return x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
 
 @original_code.merge_with_config_defaults
@@ -84,20 +80,9 @@ def _encode(
     num_lookahead_tokens: int | None,
     **kwargs,
 ):
-    states = self.subsampling(input_features, attention_mask) * self.input_scale
-    valid = None
-    if attention_mask is not None:
-        valid = self._get_output_attention_mask(attention_mask, target_length=states.shape[1])
+    states, valid = subsampled(self, input_features, attention_mask)
     visible, unseeing = _visible(states, valid, *self._resolve_attn_context(num_lookahead_tokens))
-    # all sequences share positions, unless dropout tells them apart
-    alike = not (self.training and self.dropout_positions)
-    positions = self.encode_positions(states[:1] if alike else states)
-    states = nn.functional.dropout(states, p=self.dropout, training=self.training)
-    positions = nn.functional.dropout(positions, p=self.dropout_positions, training=self.training)
-    for layer in self.layers:
-        if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
-            continue
-        states = layer(states, all_masked_rows=unseeing, position_embeddings=positions, visible=visible, **kwargs)
+    states = through_layers(self, states, all_masked_rows=unseeing, visible=visible, **kwargs)
     return original_code.NemotronAsrStreamingEncoderModelOutput(
         last_hidden_state=states, attention_mask=valid.int() if valid is not None and output_attention_mask else None
     )

@@ -12,6 +12,7 @@ from transformers.models.parakeet import modeling_parakeet as original_code
 
 from txl_kernels.functional import rel_attention
 from txl_kernels.patching.dead_rows import mean_of_values
+from txl_kernels.patching.families.parakeet_steps import projected_positions, projections, subsampled, through_layers
 from txl_kernels.patching.huggingface import wants_weights
 from txl_kernels.patching.patch import is_patched
 from txl_kernels.patching.replacement import Replacement, warn_own
@@ -43,7 +44,7 @@ def attention(
     if wants_weights(self, kwargs):
         warn_own(self, "attention weights")
         return original(hidden_states, position_embeddings, attention_mask, **kwargs)
-    q, k, v = (heads(self, x(hidden_states)) for x in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = projections(self, hidden_states)
     visible = {"attn_mask": attention_mask} if padding is None else {"key_lengths": padding.lengths}
     out, lse = rel_attention(
         *(q, k, v, projected_positions(self, position_embeddings), self.bias_u, self.bias_v),
@@ -69,21 +70,12 @@ def _encode(
     output_attention_mask: bool = True,
     **kwargs,
 ):
-    states = self.subsampling(input_features, attention_mask) * self.input_scale
-    # all sequences share positions, unless dropout tells them apart
-    alike = not (self.training and self.dropout_positions)
-    positions = self.encode_positions(states[:1] if alike else states)
-    states = nn.functional.dropout(states, p=self.dropout, training=self.training)
-    positions = nn.functional.dropout(positions, p=self.dropout_positions, training=self.training)
-    padding = valid = None
-    if attention_mask is not None:
-        valid = self._get_output_attention_mask(attention_mask, target_length=states.shape[1])
+    states, valid = subsampled(self, input_features, attention_mask)
+    padding = None
+    if valid is not None:
         padding = Padding(valid.sum(1), valid)
         attention_mask = valid[:, None, None]  # for the convolutions, which look for padded keys alone
-    for layer in self.layers:
-        if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
-            continue
-        states = layer(states, attention_mask=attention_mask, position_embeddings=positions, padding=padding, **kwargs)
+    states = through_layers(self, states, attention_mask=attention_mask, padding=padding, **kwargs)
     return original_code.ParakeetEncoderModelOutput(
         last_hidden_state=states, attention_mask=valid.int() if valid is not None and output_attention_mask else None
     )
@@ -94,17 +86,6 @@ def encoder(self: nn.Module, original, *args, **kwargs):
     if wants_weights(self, kwargs) or not all(is_patched(layer.self_attn) for layer in self.layers):
         return original(*args, **kwargs)
     return _encode(self, *args, **kwargs)
-
-
-def heads(module: nn.Module, x: Tensor) -> Tensor:
-    """(B, T, H * D) as (B, H, T, D)."""
-    return x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-
-
-def projected_positions(module: nn.Module, embeddings: Tensor) -> Tensor:
-    """r (H, P, D), or (B, H, P, D) where the batches differ: dropout makes a mask for each."""
-    r = heads(module, module.relative_k_proj(embeddings))
-    return r if r.shape[0] > 1 else r[0]
 
 
 REPLACEMENTS = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
-from txl_kernels.patching.masks import allowed, window_of
-from txl_kernels.patching.padding import key_padding
+from txl_kernels.patching.masks import allowed
+from txl_kernels.patching.padding import window_and_key_padding
 from txl_kernels.patching.replacement import Replacement, warn_own
 
 
@@ -50,19 +50,17 @@ def attention(
         v = v + self.value_bias_weight.view(H, 1, -1)
     r = self.linear_pos(pos_embs).view(2 * S - 1, H, -1).transpose(0, 1)
 
-    window, mask, lengths = None, None, None
-    if attn_mask is not None:
-        window, mask = _dense(attn_mask, H, T, S)
-    if key_padding_mask is not None:
-        lengths, padding = key_padding(allowed(key_padding_mask))
-        if padding is not None:
-            mask = padding if mask is None else _both(mask, padding)
+    mask, visible = (None, None) if attn_mask is None else _dense(attn_mask, H)
+    valid = None if key_padding_mask is None else allowed(key_padding_mask)
+    window, padding = window_and_key_padding(visible, valid)
+    if mask is not None and padding.attn_mask is not None:
+        mask = _both(mask, padding.attn_mask)
     out = rel_attention(
         *(q, k, v, r, self.pos_bias_u.view(H, -1), self.pos_bias_v.view(H, -1)),
         is_causal=False,
         window=window,
-        attn_mask=mask,
-        key_lengths=lengths,
+        attn_mask=padding.attn_mask if mask is None else mask,
+        key_lengths=padding.key_lengths,
         dropout_p=self.dropout_att.p if self.training else 0.0,
         scale=self.scale,
     )
@@ -70,15 +68,13 @@ def attention(
     return out if return_attn_weights is False else (out, None)
 
 
-def _dense(attn_mask: Tensor, H: int, T: int, S: int) -> tuple[tuple[int, int] | None, Tensor]:
-    """window and attn_mask, as in `rel_attention`."""
-    added = attn_mask.dtype is not torch.bool
-    if added:
-        attn_mask = attn_mask.float()  # integers too
-    visible = allowed(attn_mask)
-    window = window_of(visible) if attn_mask.ndim == 2 else None
-    attn_mask = attn_mask if added else visible
-    return window, attn_mask.view(1, 1, T, S) if attn_mask.ndim == 2 else attn_mask.view(-1, H, T, S)
+def _dense(attn_mask: Tensor, H: int) -> tuple[Tensor, Tensor | None]:
+    """attn_mask as in `rel_attention`, and what `window_and_key_padding` takes of it."""
+    mask = allowed(attn_mask) if attn_mask.dtype is torch.bool else attn_mask.float()  # integers are added, too
+    if attn_mask.ndim == 3:
+        return mask.unflatten(0, (-1, H)), None
+    hides = attn_mask.dtype is torch.bool or attn_mask.is_floating_point()
+    return mask[None, None], allowed(attn_mask) if hides else None
 
 
 def _both(mask: Tensor, padding: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ classes but masks (T, S) and (B, T, S) in place of (S, B) and (T, S, 1|B); the s
 Legend as in `txl_kernels.layer`.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from txl_kernels.layer_steps import (
 from txl_kernels.patching.replacement import Replacement, warn_own
 
 _ATTRIBUTES = ("n_head", "d_head", "scale", "pre_lnorm", "qkv_net", "o_net", "layer_norm", "drop", "dropatt")
+_PROJECTED_ATTRIBUTES = (*_ATTRIBUTES, "r_net")
 
 
 def attention(
@@ -101,8 +104,8 @@ def _is_plain(net: nn.Module) -> bool:
     return type(net) is nn.Linear and net.bias is None and not (net._forward_hooks or net._forward_pre_hooks)
 
 
-def check(layer: nn.Module) -> str | None:
-    missing = [name for name in _ATTRIBUTES if not hasattr(layer, name)]
+def check(layer: nn.Module, attributes: tuple[str, ...] = _PROJECTED_ATTRIBUTES) -> str | None:
+    missing = [name for name in attributes if not hasattr(layer, name)]
     if missing:
         return f"expected the attributes of the original, got none named {', '.join(missing)}"
     return None if layer.d_head <= 256 else f"d_head: expected at most 256, got {layer.d_head}"
@@ -113,6 +116,9 @@ REPLACEMENTS = {
         "forward", attention, ("w", "r", "r_w_bias", "r_r_bias", "attn_mask", "mems"), check
     ),
     "RelLearnableMultiHeadAttn": Replacement(
-        "forward", learned_attention, ("w", "r_emb", "r_w_bias", "r_bias", "attn_mask", "mems"), check
+        "forward",
+        learned_attention,
+        ("w", "r_emb", "r_w_bias", "r_bias", "attn_mask", "mems"),
+        functools.partial(check, attributes=_ATTRIBUTES),
     ),
 }
