@@ -94,6 +94,24 @@ def test_encoder_of_gemma4(shape, mask):
         assert mask == "none" or torch.equal(got.attention_mask, wanted.attention_mask)
 
 
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_queries_that_see_padding_only(shape, family):
+    """Of every length: the first of them stands anywhere in its block."""
+    if family == "gemma3n":
+        model = make(gemma3n.Gemma3nAudioAttention, config3n(shape))
+        call = lambda m, x, valid: m(x, ~valid)  # noqa: E731
+        x = torch.randn(2, 31, C)
+    else:
+        model, (x, _) = make(gemma4.Gemma4AudioModel, config4(shape, num_hidden_layers=1)), batch(124, 2)
+        call = lambda m, x, valid: m(x, valid.repeat_interleave(4, 1)).last_hidden_state  # noqa: E731
+    patched = copied(model)
+    for length in range(32):
+        valid = torch.arange(31) < torch.tensor([[31], [length]])
+        with torch.no_grad():
+            assert_alike(f"length {length}", call(patched, x, valid), call(model, x, valid), 3e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_gemma4(shape):
     """With little padding, that gradients stay finite."""

@@ -16,17 +16,19 @@ def mask() -> torch.Tensor:
 
 
 def test_lengths():
-    key_lengths, attn_mask = key_padding(mask())
+    key_lengths, attn_mask, shortest = key_padding(mask())
     assert torch.equal(key_lengths, LENGTHS)
     assert attn_mask is None
+    assert shortest == 0
+    assert key_padding(mask()[:3]).shortest == 1
 
 
 @pytest.mark.parametrize("row", [[0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]])
 def test_padding_in_front_or_within_stays_a_mask(row):
     valid = mask()
     valid[2] = torch.tensor(row, dtype=torch.bool)
-    key_lengths, attn_mask = key_padding(valid)
-    assert key_lengths is None
+    key_lengths, attn_mask, shortest = key_padding(valid)
+    assert (key_lengths, shortest) == (None, 0)
     assert attn_mask.shape == (B, 1, 1, S)
     assert attn_mask.data_ptr() == valid.data_ptr()
 
@@ -66,7 +68,8 @@ def test_a_window_and_padding_are_read_at_once(padded):
         window, found = window_and_key_padding(causal, valid)
         wanted = window_of(causal.clone()), key_padding(valid.clone())
         assert window == wanted[0]
-        for got, x in zip(found, wanted[1], strict=True):
+        assert found.shortest == wanted[1].shortest
+        for got, x in zip(found[:2], wanted[1][:2], strict=True):
             assert got is None if x is None else torch.equal(got, x)
 
     assert_read(1)
@@ -106,7 +109,7 @@ def test_in_inference_mode_and_after_it():
 
 def test_in_a_graph_it_stays_a_mask():
     def visible(valid):
-        key_lengths, attn_mask = key_padding(valid)
+        key_lengths, attn_mask, _ = key_padding(valid)
         assert key_lengths is None
         return attn_mask.sum()
 

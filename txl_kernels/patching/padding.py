@@ -10,15 +10,21 @@ from txl_kernels.per_mask import once_per_mask, readable
 
 
 class KeyPadding(NamedTuple):
-    """Which keys are padding, for `rel_attention`: one of the two is None.
+    """Which keys are padding, for `rel_attention`: one of the two tensors is None.
 
     Attributes:
         key_lengths: (B,) integers, where every padded key comes after all others.
         attn_mask: (B, 1, 1, S) bool, True = may attend.
+        shortest: the least of key_lengths; 0 where there are none.
     """
 
     key_lengths: Tensor | None
     attn_mask: Tensor | None
+    shortest: int = 0
+
+    def visible(self) -> dict[str, Tensor | None]:
+        """The two as arguments of `rel_attention`."""
+        return {"key_lengths": self.key_lengths, "attn_mask": self.attn_mask}
 
 
 def key_padding(valid: Tensor) -> KeyPadding:
@@ -52,29 +58,31 @@ def _has_entries(mask: Tensor) -> bool:
     return readable(mask) and mask.numel() > 0
 
 
-def _as_padding(lengths: Tensor | None, valid: Tensor) -> KeyPadding:
-    return KeyPadding(None, valid[:, None, None]) if lengths is None else KeyPadding(lengths, None)
+def _as_padding(lengths: tuple[Tensor, int] | None, valid: Tensor) -> KeyPadding:
+    return KeyPadding(None, valid[:, None, None]) if lengths is None else KeyPadding(lengths[0], None, lengths[1])
 
 
 @once_per_mask
-def _read(valid: Tensor) -> Tensor | None:
-    lengths, say_all = _lengths(valid)
-    return lengths if say_all else None
+def _read(valid: Tensor) -> tuple[Tensor, int] | None:
+    """The lengths and the shortest, or None where they do not say all that the mask does."""
+    lengths, facts = _lengths(valid)
+    shortest, say_all = facts.tolist()
+    return (lengths, shortest) if say_all else None
 
 
 @once_per_mask
-def _read_both(visible: Tensor, valid: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
-    lengths, say_all = _lengths(valid)
-    *reach, say_all = torch.cat([masks.reach(visible), say_all[None]]).tolist()
-    return masks.window(reach, visible), lengths if say_all else None
+def _read_both(visible: Tensor, valid: Tensor) -> tuple[tuple[int, int] | None, tuple[Tensor, int] | None]:
+    lengths, facts = _lengths(valid)
+    *reach, shortest, say_all = torch.cat([masks.reach(visible), facts]).tolist()
+    return masks.window(reach, visible), (lengths, shortest) if say_all else None
 
 
 def _lengths(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,), and whether they say all that the mask does: not in case of padding in front, or within."""
+    """(B,), and two numbers: the shortest, and whether they say all: not in case of padding in front, or within."""
     lengths = valid.view(torch.uint8).argmin(1)  # the first padded key, 0 where there is none
     lengths = torch.where(valid[:, -1], valid.shape[1], lengths)
     behind = torch.arange(valid.shape[1], device=valid.device) < lengths[:, None]
-    return lengths, (behind == valid).all()
+    return lengths, torch.stack([lengths.min(), (behind == valid).all()])
 
 
 def of_rows(mask: Tensor) -> Tensor | None:

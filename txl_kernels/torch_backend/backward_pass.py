@@ -75,7 +75,7 @@ def backward(
             dlse_lanes = None if dlse is None else dlse[tile.where]
             if group.may_be_dead:
                 dead = lse[tile.where] == -torch.inf
-                p.masked_fill_(dead.view(*p.shape[:2], 1), 0.0)
+                p.masked_fill_(dead.reshape(*p.shape[:2], 1), 0.0)
                 dout_lanes = dout_lanes.masked_fill(dead[..., None], 0.0)
                 dlse_lanes = None if dlse is None else dlse_lanes.masked_fill(dead, 0.0)
             dout_lanes = tile.lanes(dout_lanes).contiguous()

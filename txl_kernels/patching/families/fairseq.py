@@ -31,16 +31,13 @@ def attention(
     )
     # zero_triu zeroes the position terms of the future, as rows that are not there do
     r = _heads(self, self.linear_pos(pos_emb[:S] if self.zero_triu else pos_emb))
-    lengths = mask = None
-    if key_padding_mask is not None:
-        lengths, mask = key_padding(allowed(key_padding_mask.bool()))
+    padding = None if key_padding_mask is None else key_padding(allowed(key_padding_mask.bool()))
     out = rel_attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
-        attn_mask=mask,
-        key_lengths=lengths,
         dropout_p=self.dropout.p if self.training else 0.0,
         first_distance=S - 1,
+        **({} if padding is None else padding.visible()),
     )
     self.attn = None
     return self.linear_out(out.permute(2, 0, 1, 3).flatten(2)), None

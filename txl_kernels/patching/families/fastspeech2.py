@@ -44,7 +44,7 @@ def attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
         dropout_p=self.dropout.p if self.training else 0.0,
-        **({} if attention_mask is None else attention_mask._asdict()),
+        **({} if attention_mask is None else attention_mask.visible()),
     )
     return self.linear_out(out.transpose(1, 2).flatten(2)), None
 

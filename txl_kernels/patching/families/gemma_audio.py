@@ -69,16 +69,31 @@ def _attend(
         r[0].unflatten(-1, (layer.num_heads, -1)).transpose(0, 1),
         is_causal=False,
         window=window,
-        attn_mask=padding.attn_mask,
-        key_lengths=padding.key_lengths,
+        **padding.visible(),
         scale=1.0,
         first_distance=layer.max_past_horizon,
         softcap=layer.attention_logits_soft_cap,
         return_lse=True,
     )
-    context = layer._extract_block_context(v).mean(2)  # (B, blocks, H, D)
-    context = context.repeat_interleave(layer.chunk_size, 1)[:, : q.shape[1]]
-    return torch.where(lse.isneginf()[..., None].transpose(1, 2), context, out.transpose(1, 2))
+    if padding.key_lengths is None and padding.attn_mask is None:
+        return out.transpose(1, 2)
+    seeing = padding.shortest + window[0] if padding.shortest else 0  # so many queries see a key
+    return _with_means(layer, out.transpose(1, 2), v, lse.isneginf()[..., None].transpose(1, 2), seeing)
+
+
+def _with_means(layer: nn.Module, out: Tensor, v: Tensor, dead: Tensor, seeing: int) -> Tensor:
+    """out (B, T, H, D) with, for dead queries, the mean of v (B, T, H, D) in the context of their block.
+
+    The first `seeing` queries are not dead.
+    """
+    T, chunk = v.shape[1], layer.chunk_size
+    if seeing >= T:
+        return out
+    first = seeing // chunk * chunk
+    before = min(-(-layer.max_past_horizon // chunk) * chunk, first)
+    context = layer._extract_block_context(v[:, first - before :]).mean(2)[:, before // chunk :]  # (B, blocks, H, D)
+    context = context.repeat_interleave(chunk, 1)[:, : T - first]
+    return torch.cat([out[:, :first], torch.where(dead[:, first:], context, out[:, first:])], 1)
 
 
 @gemma4.merge_with_config_defaults

@@ -48,7 +48,7 @@ def attention(
             (self.linear_pos, relative_position_embeddings),
         )
     )
-    visible = attention_mask._asdict() if isinstance(attention_mask, KeyPadding) else {"attn_mask": attention_mask}
+    visible = attention_mask.visible() if isinstance(attention_mask, KeyPadding) else {"attn_mask": attention_mask}
     out, lse = rel_attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
@@ -57,7 +57,7 @@ def attention(
         return_lse=True,
         **visible,
     )
-    if attention_mask is not None:
+    if attention_mask is not None and not (isinstance(attention_mask, KeyPadding) and attention_mask.shortest):
         out = mean_of_values(out, v, lse.isneginf())
     return self.linear_out(out.transpose(1, 2).flatten(2)), None
 

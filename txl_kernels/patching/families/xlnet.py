@@ -173,7 +173,7 @@ def _visible(model: nn.Module, M: int, valid: Tensor | None, perm_mask: Tensor |
     key_lengths = attn_mask = itself = None
     if valid is not None:
         itself = ~valid
-        key_lengths, attn_mask = key_padding(nn.functional.pad(valid, (M, 0), value=True))
+        key_lengths, attn_mask, _ = key_padding(nn.functional.pad(valid, (M, 0), value=True))
     if perm_mask is not None:
         seen = perm_mask <= 0
         hidden = ~seen.diagonal(dim1=1, dim2=2)
