@@ -28,7 +28,7 @@ import triton
 
 from benchmarks.measure import Stopwatch, truth_and_reference_by_head
 from tests.accuracy import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close_to_truth, make_inputs
-from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch, with_tiling
+from tests.compile.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_launch
 from tests.compile.recorded import launches
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend import launch
@@ -60,12 +60,10 @@ def candidates(name: str, D: int, generation: str, stages: tuple[int, ...]) -> I
     current = launch_for(name, generation, D, 2)
     yield current
     sizes = (16, 32, 64) if D == 256 else (32, 64, 128)
-    for block_m, block_n, warps, num_stages, unroll in itertools.product(sizes, sizes, (4, 8), stages, (1, 2)):
+    descriptors = (False, True) if generation in ("sm_90", "sm_100") else (False,)
+    for row in itertools.starmap(Launch, itertools.product(sizes, sizes, (4, 8), stages, (1, 2), descriptors)):
         # More than 32 float32 scores a thread spill in every kernel; fewer than 4 leave warps without work.
-        if (
-            4 <= block_m * block_n / (32 * warps) <= 32
-            and (row := Launch(block_m, block_n, warps, num_stages, unroll)) != current
-        ):
+        if 4 <= row.block_m * row.block_n / (32 * row.num_warps) <= 32 and row != current:
             yield row
 
 
@@ -76,10 +74,10 @@ def jobs(names: list[str], head_sizes: list[int], generation: str, stages: tuple
 
 def compiled(target: str, job: Job, dtype: torch.dtype = torch.bfloat16) -> dict:
     """What the compiler reports of a candidate, by name; "error" alone where it does not compile."""
-    recorded = launches(target, job.D, dtype)[KERNELS[job.name]]
     started = time.monotonic()
     try:
-        resources = compile_launch(with_tiling(recorded, *job.row), target)
+        recorded = launches(target, job.D, dtype, row=job.row)[KERNELS[job.name]]
+        resources = compile_launch(recorded, target)
     except Exception as error:  # whatever the compiler raises: the sweep goes on
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
     return {
@@ -107,7 +105,7 @@ def static_sweep(target: str, todo: list[Job], processes: int, shown: int) -> No
         for place, (row, x) in enumerate(good):
             if place < shown or row == current:
                 print(
-                    f"{'*' if row == current else ' '} {tuple(row)!s:>19} {x['spill']:5} {x['score']:6.1f} "
+                    f"{'*' if row == current else ' '} {tuple(row)!s:>24} {x['spill']:5} {x['score']:6.1f} "
                     f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}{' serialized' if x['serialized'] else ''}"
                 )
         left_out = len(group) - len(good)

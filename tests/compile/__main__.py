@@ -8,8 +8,8 @@ from tests.compile.plain_forward import BEST_PLAIN, without_position_term
 from tests.compile.recorded import launches
 
 COLUMNS = (
-    "kernel", "D", "queries x keys", "warps", "stages", "unroll", "registers", "spilled bytes", "in the loop",
-    "shared memory", "matrix instr.", "loop instr.", "a score", "products",
+    "kernel", "D", "queries x keys", "warps", "stages", "unroll", "tiles by", "registers", "spilled bytes",
+    "in the loop", "shared memory", "matrix instr.", "loop instr.", "a score", "products",
 )  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def row(name: str, D: int, launch: Launch, target: str) -> str:
     tile, score = resources.instructions_per_tile, resources.instructions_per_score
     cells = [
         name, D, f"{launch.values['BLOCK_M']} x {launch.values['BLOCK_N']}", launch.options["num_warps"],
-        launch.options["num_stages"], launch.values["UNROLL"], resources.registers, resources.spill_bytes,
+        launch.options["num_stages"], launch.values["UNROLL"], launch.loads, resources.registers, resources.spill_bytes,
         resources.spills_in_loop, resources.shared_memory, resources.matrix_instructions, f"{tile:g}" if tile else "",
         f"{score:.1f}" if score else "", "one by one" if resources.serialized else "",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +41,11 @@ class Launch:
     kernel: JITFunction
     values: dict[str, object]
     options: dict[str, int]
+
+    @property
+    def loads(self) -> str:
+        """What the kernel gets its tiles from."""
+        return "descriptors" if any(isinstance(x, TensorDescriptor) for x in self.values.values()) else "pointers"
 
 
 @dataclass
@@ -94,6 +100,9 @@ def _specialize(launch: Launch) -> tuple[dict, dict, dict]:
             signature[param.name] = _TYPES[value.dtype]
             if specialize and value.data_ptr() % 16 == 0:
                 attrs[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         elif specialize and value == 1:

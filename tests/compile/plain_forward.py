@@ -23,20 +23,22 @@ def _plain_tile(
     k_matrix,
     v_matrix,
     offs_m,
-    offs_n,
+    j0,
     bounds,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    k = load_rows(k_matrix, offs_n, D, BLOCK_D)
+    k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
+        offs_n = j0 + tl.arange(0, BLOCK_N)
         s = tl.where(visible_mask(offs_m[:, None], offs_n[None, :], bounds), s, float("-inf"))
     p, acc, l_i, m_i = softmax_step(acc, l_i, m_i, s, q.dtype, EXACT=False)
-    v = load_rows(v_matrix, offs_n, D, BLOCK_D)
+    v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), l_i, m_i
 
 
@@ -89,22 +91,21 @@ def plain_forward_kernel(
     k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, S)
     v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, S)
     offs_m = i0 + tl.arange(0, BLOCK_M)
-    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
+    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
     upper = tl.minimum(S, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.minimum(S, i0 + BLOCK_M - 1 + reach)
-    offs_x = tl.arange(0, BLOCK_N)
     for j0 in tl.range(0, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         acc, l_i, m_i = _plain_tile(
-            acc, l_i, m_i, q, k_matrix, v_matrix, offs_m, j0 + offs_x, (S, None, reach), scale,
-            D, BLOCK_D, PRECISION, MASKED=False,
+            acc, l_i, m_i, q, k_matrix, v_matrix, offs_m, j0, (S, None, reach), scale,
+            D, BLOCK_D, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
     for j0 in tl.range(upper, end, BLOCK_N):
         acc, l_i, m_i = _plain_tile(
-            acc, l_i, m_i, q, k_matrix, v_matrix, offs_m, j0 + offs_x, (S, None, reach), scale,
-            D, BLOCK_D, PRECISION, MASKED=True,
+            acc, l_i, m_i, q, k_matrix, v_matrix, offs_m, j0, (S, None, reach), scale,
+            D, BLOCK_D, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
     store_rows(out_matrix, acc / l_i[:, None], offs_m, D, BLOCK_D)
@@ -113,5 +114,5 @@ def plain_forward_kernel(
 
 def without_position_term(forward: Launch) -> Launch:
     """The launch of the plain kernel on the inputs, tile and options of a launch of forward_kernel."""
-    names = plain_forward_kernel.arg_names
-    return Launch(plain_forward_kernel, {name: forward.values[name] for name in names}, forward.options)
+    values = {name: forward.values[name] for name in plain_forward_kernel.arg_names}
+    return Launch(plain_forward_kernel, {n: getattr(x, "base", x) for n, x in values.items()}, forward.options)

@@ -8,6 +8,8 @@ import torch
 from tests.compile.ahead_of_time import Launch, record_launches
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend.launch_table import Launch as Row
+from txl_kernels.triton_backend.launch_table import launch_for
 
 
 def _optional(terms: str, B: int, H: int, T: int, S: int, D: int, empty) -> dict:
@@ -47,11 +49,13 @@ def launches(
     biases: bool = True,
     H: int = 4,
     terms: str = "",
+    row: Row | None = None,
 ) -> dict[str, Launch]:
     """Every kernel's launch by name, for B = 2, causal; of equal kernels the last launch.
 
     With terms = "all" a window and every optional term of a score is there; with "q_pos" also a position query of half
     the width, with "no r" grouped heads, a boolean mask and a row bias alone, with "batched r" an r by batch element.
+    With `row` every kernel has that row of the launch table.
     """
     B, S = 2, M + T
 
@@ -69,5 +73,7 @@ def launches(
         out, lse = launch.forward(inputs, options)
         launch.backward(q, None, inputs, out, lse, options, needs_grad)
 
-    with mock.patch.object(launch, "generation_of", return_value=generation):
+    generations = mock.patch.object(launch, "generation_of", return_value=generation)
+    rows = mock.patch.object(launch, "launch_for", side_effect=launch_for if row is None else lambda *_: row)
+    with generations, rows:
         return {x.kernel.__name__: x for x in record_launches(run)}

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from txl_kernels.triton_backend import launch
 from txl_kernels.triton_backend.launch_table import Launch
 
 
-@pytest.fixture
-def use_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes every kernel use tiles of this many queries by this many keys."""
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def use_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes every kernel use tiles of this many queries by this many keys, loaded in either way."""
 
     def use(block_m: int, block_n: int) -> None:
-        monkeypatch.setattr(launch, "launch_for", lambda *_: Launch(block_m, block_n, num_warps=4, num_stages=1))
+        row = Launch(block_m, block_n, num_warps=4, num_stages=1, descriptors=request.param)
+        monkeypatch.setattr(launch, "launch_for", lambda *_: row)
 
     return use
 
@@ -66,7 +68,8 @@ def checked_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
     def bind(executor, args, kwargs, _original=interpreter.GridExecutor._init_args_hst):
         nonlocal allowed
         args, kwargs = _original(executor, args, kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        arguments = [x.base if isinstance(x, TensorDescriptor) else x for x in (*args, *kwargs.values())]
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
         allowed = np.unique(np.concatenate([element_addresses(x) for x in tensors]))
         return args, kwargs
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from txl_kernels.triton_backend.primitives import (
     block_of,
     edge_tile,
+    head_matrix,
     head_pointer,
     key_count,
     load_row_stats,
@@ -31,7 +32,7 @@ def _dkv_tile(
     table,
     terms,
     stats,
-    offs_m,
+    i0,
     offs_n,
     row0,
     bounds,
@@ -46,20 +47,21 @@ def _dkv_tile(
     MASKED: tl.constexpr,
 ):
     """One tile of queries, its scores transposed so that they are the left operands of dK and dV."""
-    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
+    offs_m = i0 + tl.arange(0, BLOCK_M)
+    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
     q_position = q
     if q_pos_matrix is not None:
-        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
+        q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
     # (N, D) x (D, M) -> (N, M): position, once for every block of r that the tile touches, and content on top of it
     raw = ()
     for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
-        rows = row0 - g * BLOCK_N + tl.arange(0, BLOCK_N)
-        raw = raw + (position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION, TRANSPOSED=True),)
+        first = row0 - g * BLOCK_N
+        raw = raw + (position_block(q_position, table, first, BLOCK_N, DR, BLOCK_DR, PRECISION, TRANSPOSED=True),)
     e = block_of(tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None], BLOCK_N)
     bd = rotate_down(select_block(raw, e), BLOCK_M, BLOCK_N)
     products = tl.dot(k, tl.trans(q), bd, input_precision=PRECISION)
     lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
-    do = load_rows(do_matrix, offs_m, D, BLOCK_D)
+    do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
     # (N, D) x (D, M) -> (N, M): dP
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p, _, ds = gradients(
@@ -178,22 +180,23 @@ def backward_dkv_kernel(
 
     keys = key_count(lengths_ptr, b, S)
     bounds = (keys, begin, reach)
-    q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
+    CUT: tl.constexpr = lengths_ptr is not None
+    q_matrix = head_matrix(q_ptr, stride_qb, stride_qh, stride_qm, T, b, h, ALIGNED)
+    k_matrix = head_matrix(k_ptr, stride_kb, stride_kh, stride_kn, keys, b, h // group, ALIGNED, CUT)
+    v_matrix = head_matrix(v_ptr, stride_vb, stride_vh, stride_vn, keys, b, h // group, ALIGNED, CUT)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
     if r_ptr is not None:
-        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, r_rows, b, h, ALIGNED)
     else:
-        head_r_ptr: tl.constexpr = None
+        r_matrix = (None, stride_rp, r_rows)
     if r_bias_ptr is not None:
         r_bias_ptr += h * P
-    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
+    table = r_matrix, r_bias_ptr
     q_pos_matrix = None
     if q_pos_ptr is not None:
-        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
-    do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
+        q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
+    do_matrix = head_matrix(do_ptr, stride_dob, stride_doh, stride_dom, T, b, h, ALIGNED)
     dk_matrix = (head_pointer(dk_ptr, stride_dkb, stride_dkh, b, h, ALIGNED), stride_dkn, S)
     dv_matrix = (head_pointer(dv_ptr, stride_dvb, stride_dvh, b, h, ALIGNED), stride_dvn, S)
     lane = b * H + h
@@ -206,9 +209,8 @@ def backward_dkv_kernel(
     stats = (lse_ptr, rest_ptr, delta_ptr, bh * T)
 
     offs_n = j0 + tl.arange(0, BLOCK_N)
-    offs_y = tl.arange(0, BLOCK_M)
-    k = load_rows(k_matrix, offs_n, D, BLOCK_D)
-    v = load_rows(v_matrix, offs_n, D, BLOCK_D)
+    k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D)
+    v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
@@ -226,19 +228,23 @@ def backward_dkv_kernel(
         seen_by_all = j0 - begin + 1
         upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
         upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
+    # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
+    # hoists out of the edges.
+    DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
+    EDGE_STAGES: tl.constexpr = None if DESCRIPTORS else 1
     c = j0 + rel_offset
     for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
         i0 = first + tile * BLOCK_M
         dk, dv, colsum = _dkv_tile(
             dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
-            i0 + offs_y, offs_n, c - i0, bounds, scale,
+            i0, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
-    for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
+    for edge in tl.range(0, n_tiles - (upper - lower), num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
         i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
         dk, dv, colsum = _dkv_tile(
             dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
-            i0 + offs_y, offs_n, c - i0, bounds, scale,
+            i0, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
 
@@ -250,5 +256,7 @@ def backward_dkv_kernel(
     if du_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
         colsum = tl.where(offs_n < keys, colsum, 0.0)
-        du = tl.where(n_tiles > 0, tl.sum(colsum[:, None] * k.to(tl.float32), 0) * scale, 0.0)
+        # Loaded again, which saves the registers that hold k in the loop; no row where no query sees the tile.
+        k = load_rows(k_matrix, tl.where(n_tiles > 0, j0, S), BLOCK_N, D, BLOCK_D)
+        du = tl.sum(colsum[:, None] * k.to(tl.float32), 0) * scale
         tl.store(du_ptr + (bh * n_key_tiles + key_tile) * D + offs_d, du, mask=offs_d < D)

@@ -146,12 +146,12 @@ def backward_dmask_kernel(
         stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
         for i0 in tl.range(i_first, i_last, BLOCK_M):
             offs_m = i0 + offs_y
-            q = load_rows(q_matrix, offs_m, D, BLOCK_D)
+            q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
             q_position = q
             if q_pos_ptr is not None:
                 q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
-                q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
-            do = load_rows(do_matrix, offs_m, D, BLOCK_D)
+                q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
+            do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
             lse, rest, delta = load_row_stats(stats, offs_m, T)
             # Steps from j_first that some query of the tile sees.
             begin_step = 0
@@ -164,14 +164,14 @@ def backward_dmask_kernel(
                 j0 = j_first + step * BLOCK_N
                 offs_n = j0 + offs_x
                 # (M, D) x (D, N) -> (M, N): content, position, dP
-                k = load_rows(k_matrix, offs_n, D, BLOCK_D)
+                k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D)
                 ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 raw = ()
                 for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
-                    rows = rel_offset - i0 + j0 - g * BLOCK_N + offs_x
-                    raw = raw + (position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION),)
+                    row0 = rel_offset - i0 + j0 - g * BLOCK_N
+                    raw = raw + (position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION),)
                 bd = rotate_right(select_block(raw, e), BLOCK_M, BLOCK_N)
-                v = load_rows(v_matrix, offs_n, D, BLOCK_D)
+                v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 _, ds, _ = gradients(
                     ac + bd, dp, lse[:, None], rest[:, None], delta[:, None], terms, offs_m[:, None], offs_n[None, :],

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
     collect,
+    head_matrix,
     head_pointer,
     key_count,
     load_row_stats,
@@ -21,7 +22,8 @@ def _add_position_part(
     grads,
     ds_raw,
     table,
-    rows,
+    first,
+    ROWS: tl.constexpr,
     DR: tl.constexpr,
     BLOCK_DR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -31,7 +33,7 @@ def _add_position_part(
     matrix, _ = table
     if matrix[0] is not None:
         # (M, N) x (N, DR) -> (M, DR)
-        r = load_rows(matrix, rows, DR, BLOCK_DR)
+        r = load_rows(matrix, first, ROWS, DR, BLOCK_DR)
         part = tl.dot(ds_raw, r, grads[1] if SEPARATE else grads[0], input_precision=PRECISION)
         grads = (grads[0], part) + grads[2:] if SEPARATE else (part,) + grads[1:]
     return grads
@@ -53,7 +55,7 @@ def _dq_tile(
     table,
     terms,
     offs_m,
-    offs_n,
+    j0,
     row0,
     bounds,
     scale,
@@ -69,12 +71,12 @@ def _dq_tile(
 ):
     """One tile of keys: its content part of dq, and the position part of the block of r that it completes."""
     # (M, D) x (D, N) -> (M, N): content, position, dP
-    k = load_rows(k_matrix, offs_n, D, BLOCK_D)
+    offs_n = j0 + tl.arange(0, BLOCK_N)
+    k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
     ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    rows = row0 + tl.arange(0, BLOCK_N)
-    raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
+    raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    v = load_rows(v_matrix, offs_n, D, BLOCK_D)
+    v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     _, _, ds = gradients(
         ac + bd,
@@ -98,8 +100,9 @@ def _dq_tile(
     # (M, N) x (N, D) -> (M, D): content, position
     grads = (tl.dot(ds, k, grads[0], input_precision=PRECISION),) + grads[1:]
     ds_raw, partial = collect(ds, partial, BLOCK_M, BLOCK_N)
-    rows -= len(partial) * BLOCK_N
-    return _add_position_part(grads, ds_raw, table, rows, DR, BLOCK_DR, PRECISION, SEPARATE), pending, partial
+    row0 -= len(partial) * BLOCK_N
+    grads = _add_position_part(grads, ds_raw, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION, SEPARATE)
+    return grads, pending, partial
 
 
 @triton.jit(
@@ -199,19 +202,20 @@ def backward_dq_kernel(
 
     keys = key_count(lengths_ptr, b, S)
     bounds = (keys, begin, reach)
-    q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
+    CUT: tl.constexpr = lengths_ptr is not None
+    q_matrix = head_matrix(q_ptr, stride_qb, stride_qh, stride_qm, T, b, h, ALIGNED)
+    k_matrix = head_matrix(k_ptr, stride_kb, stride_kh, stride_kn, keys, b, h // group, ALIGNED, CUT)
+    v_matrix = head_matrix(v_ptr, stride_vb, stride_vh, stride_vn, keys, b, h // group, ALIGNED, CUT)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
     if r_ptr is not None:
-        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, r_rows, b, h, ALIGNED)
     else:
-        head_r_ptr: tl.constexpr = None
+        r_matrix = (None, stride_rp, r_rows)
     if r_bias_ptr is not None:
         r_bias_ptr += h * P
-    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
-    do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
+    table = r_matrix, r_bias_ptr
+    do_matrix = head_matrix(do_ptr, stride_dob, stride_doh, stride_dom, T, b, h, ALIGNED)
     dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
     lane = b * H + h
     terms = (
@@ -222,17 +226,16 @@ def backward_dq_kernel(
     )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
-    offs_x = tl.arange(0, BLOCK_N)
-    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
-    do = load_rows(do_matrix, offs_m, D, BLOCK_D)
+    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
+    do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
     lse, rest, delta = load_row_stats((lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
     # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.
     grads = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
     q_position = q
     SEPARATE: tl.constexpr = dq_pos_ptr is not None
     if q_pos_ptr is not None:
-        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
-        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
+        q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
+        q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
     if SEPARATE:
         grads = grads + (tl.zeros((BLOCK_M, BLOCK_DR), tl.float32),)
     if segment_ptr is not None:
@@ -246,38 +249,42 @@ def backward_dq_kernel(
     upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
     end = tl.maximum(start, tl.cdiv(tl.minimum(keys, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N)
 
+    # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
+    # hoists out of the edges.
+    DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
+    EDGE_STAGES: tl.constexpr = None if DESCRIPTORS else 1
     c = rel_offset - i0
     GROUPS: tl.constexpr = (BLOCK_M + BLOCK_N - 1) // BLOCK_N
     pending = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * GROUPS
     partial = (tl.zeros((BLOCK_M, BLOCK_N), q.dtype),) * GROUPS
     for e in tl.static_range(GROUPS):
-        rows = c + start + (e - GROUPS) * BLOCK_N + offs_x
-        raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
+        row0 = c + start + (e - GROUPS) * BLOCK_N
+        raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
     if begin is not None:
-        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=1):
+        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
             grads, pending, partial = _dq_tile(
                 grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-                offs_m, j0 + offs_x, c + j0, bounds, scale,
+                offs_m, j0, c + j0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
             )  # fmt: skip
     for j0 in tl.range(lower, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         grads, pending, partial = _dq_tile(
             grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-            offs_m, j0 + offs_x, c + j0, bounds, scale,
+            offs_m, j0, c + j0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=False,
         )  # fmt: skip
-    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, num_stages=1):
+    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
         grads, pending, partial = _dq_tile(
             grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-            offs_m, j0 + offs_x, c + j0, bounds, scale,
+            offs_m, j0, c + j0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
         )  # fmt: skip
     for e in tl.static_range(GROUPS):
         ds_raw, partial = collect(tl.zeros((BLOCK_M, BLOCK_N), q.dtype), partial, BLOCK_M, BLOCK_N)
-        rows = c + end + (e - GROUPS) * BLOCK_N + offs_x
-        grads = _add_position_part(grads, ds_raw, table, rows, DR, BLOCK_DR, PRECISION, SEPARATE)
+        row0 = c + end + (e - GROUPS) * BLOCK_N
+        grads = _add_position_part(grads, ds_raw, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION, SEPARATE)
 
     store_rows(dq_matrix, grads[0] * scale, offs_m, D, BLOCK_D)
     if SEPARATE:

@@ -6,7 +6,7 @@ import triton.language as tl
 from txl_kernels.triton_backend.primitives import (
     block_of,
     edge_tile,
-    head_pointer,
+    head_matrix,
     key_count,
     load_row_bias,
     load_row_stats,
@@ -28,12 +28,13 @@ def _product_in_rows_of_r(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """y[x, ii] = matrix[j0 + ii + x] . a_ii, (N, M): the shift the other way, from keys to rows of r."""
     products = ()
     for g in tl.static_range((BLOCK_M + BLOCK_N - 1) // BLOCK_N + 1):
         # (N, D) x (D, M) -> (N, M)
-        block = load_rows(matrix, j0 + g * BLOCK_N + tl.arange(0, BLOCK_N), D, BLOCK_D)
+        block = load_rows(matrix, j0 + g * BLOCK_N, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
         products = products + (tl.dot(block, tl.trans(a), input_precision=PRECISION),)
     # Key y of a block stands at x = (y - ii) mod N of query ii.
     ii = tl.arange(0, BLOCK_M)[None, :]
@@ -54,7 +55,7 @@ def _dr_tile(
     v_matrix,
     terms,
     stats,
-    offs_m,
+    i0,
     j0,
     bounds,
     scale,
@@ -69,13 +70,15 @@ def _dr_tile(
 ):
     """One tile of queries in the coordinates (i, p), where j = j0 + ii + x: position needs no shift, keys do."""
     # (N, D) x (D, M) -> (N, M): dP (first, which saves registers), content, position
-    do = load_rows(do_matrix, offs_m, D, BLOCK_D)
-    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION)
-    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
+    offs_m = i0 + tl.arange(0, BLOCK_M)
+    do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
+    dp = _product_in_rows_of_r(v_matrix, do, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, MASKED)
+    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
     q_position = q
     if q_pos_matrix is not None:
-        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
-    products = _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION) + row_bias[:, None]
+        q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
+    products = row_bias[:, None]
+    products += _product_in_rows_of_r(k_matrix, q, j0, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, MASKED)
     if r is not None:
         products += tl.dot(r, tl.trans(q_position), input_precision=PRECISION)
     lse, rest, delta = load_row_stats(stats, offs_m, q_matrix[2])
@@ -197,17 +200,21 @@ def backward_dr_kernel(
         hidden_below = rel_offset + begin
 
     offs_p = p0 + tl.arange(0, BLOCK_N)
-    offs_y = tl.arange(0, BLOCK_M)
     r = None
     if r_ptr is not None:
-        r_matrix = (head_pointer(r_ptr, stride_rb, stride_rh, part, h, ALIGNED), stride_rp, hidden_from)
-        r = load_rows(r_matrix, offs_p, DR, BLOCK_DR)
+        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, hidden_from, part, h, ALIGNED)
+        r = load_rows(r_matrix, p0, BLOCK_N, DR, BLOCK_DR)
     row_bias = tl.zeros((BLOCK_N,), tl.float32)
     if r_bias_ptr is not None:
         row_bias = load_row_bias(r_bias_ptr + h * P, offs_p, hidden_from)
     dr = tl.zeros((BLOCK_N, BLOCK_DR), tl.float32)
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
+    # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
+    # hoists out of the edges.
+    DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
+    EDGE_STAGES: tl.constexpr = None if DESCRIPTORS else 1
+    CUT: tl.constexpr = lengths_ptr is not None
     c = p0 - rel_offset
     some_visible = (p0 < hidden_from) & (p0 + BLOCK_N > hidden_below)
     for b in tl.range((B * part) // n_parts, (B * (part + 1)) // n_parts):
@@ -221,13 +228,13 @@ def backward_dr_kernel(
         upper = tl.maximum(lower, upper)
 
         bounds = (keys, begin, reach)
-        q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-        k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
-        v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
+        q_matrix = head_matrix(q_ptr, stride_qb, stride_qh, stride_qm, T, b, h, ALIGNED)
+        k_matrix = head_matrix(k_ptr, stride_kb, stride_kh, stride_kn, keys, b, h // group, ALIGNED, CUT)
+        v_matrix = head_matrix(v_ptr, stride_vb, stride_vh, stride_vn, keys, b, h // group, ALIGNED, CUT)
         q_pos_matrix = None
         if q_pos_ptr is not None:
-            q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
-        do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
+            q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
+        do_matrix = head_matrix(do_ptr, stride_dob, stride_doh, stride_dom, T, b, h, ALIGNED)
         lane = b * H + h
         terms = (
             (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
@@ -240,14 +247,14 @@ def backward_dr_kernel(
             i0 = first + tile * BLOCK_M
             dr, colsum = _dr_tile(
                 dr, colsum, r, row_bias, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms,
-                stats, i0 + offs_y, c + i0, bounds, scale,
+                stats, i0, c + i0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
             )  # fmt: skip
-        for edge in tl.range(0, n_tiles - (upper - lower), num_stages=1):
+        for edge in tl.range(0, n_tiles - (upper - lower), num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
             i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
             dr, colsum = _dr_tile(
                 dr, colsum, r, row_bias, q_matrix, q_pos_matrix, do_matrix, k_matrix, v_matrix, terms,
-                stats, i0 + offs_y, c + i0, bounds, scale,
+                stats, i0, c + i0, bounds, scale,
                 D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
             )  # fmt: skip
 
@@ -260,6 +267,7 @@ def backward_dr_kernel(
         store_rows((dr_ptr + (part * H + h) * P * DR, DR, P), dr, offs_p, DR, BLOCK_DR)
     if dposition_bias_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
+        r = load_rows(r_matrix, tl.where(some_visible, p0, P), BLOCK_N, DR, BLOCK_DR)
         dposition_bias = tl.sum(colsum[:, None] * r.to(tl.float32), 0)
         row = (part * n_blocks + block) * H + h
         tl.store(dposition_bias_ptr + row * D + offs_d, dposition_bias, mask=offs_d < D)

@@ -7,6 +7,7 @@ from txl_kernels.triton_backend.primitives import (
     LOWEST,
     exp,
     exp_difference,
+    head_matrix,
     head_pointer,
     key_count,
     load_rows,
@@ -39,7 +40,7 @@ def _forward_tile(
     table,
     terms,
     offs_m,
-    offs_n,
+    j0,
     row0,
     bounds,
     scale,
@@ -54,15 +55,16 @@ def _forward_tile(
 ):
     """One tile of keys; `pending` is what earlier blocks of (q + v) r^T left for this and later tiles."""
     # (M, D) x (D, N) -> (M, N), for content and for position
-    k = load_rows(k_matrix, offs_n, D, BLOCK_D)
+    offs_n = j0 + tl.arange(0, BLOCK_N)
+    k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
     ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    raw = position_block(q_position, table, row0 + tl.arange(0, BLOCK_N), DR, BLOCK_DR, PRECISION)
+    raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
     bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
     s, _ = scores(ac + bd, terms, offs_m[:, None], offs_n[None, :], bounds, scale, q.dtype, MASKED)
     p, acc, l_i, m_i = softmax_step(acc, l_i, m_i, s, q.dtype, EXACT=terms[1][0] is not None)
     p = dropped(p, terms, offs_m[:, None], offs_n[None, :])
     # (M, N) x (N, D) -> (M, D)
-    v = load_rows(v_matrix, offs_n, D, BLOCK_D)
+    v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, l_i, m_i, pending
 
@@ -153,18 +155,19 @@ def forward_kernel(
 
     keys = key_count(lengths_ptr, b, S)
     bounds = (keys, begin, reach)
-    q_matrix = (head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T)
-    k_matrix = (head_pointer(k_ptr, stride_kb, stride_kh, b, h // group, ALIGNED), stride_kn, keys)
-    v_matrix = (head_pointer(v_ptr, stride_vb, stride_vh, b, h // group, ALIGNED), stride_vn, keys)
+    CUT: tl.constexpr = lengths_ptr is not None
+    q_matrix = head_matrix(q_ptr, stride_qb, stride_qh, stride_qm, T, b, h, ALIGNED)
+    k_matrix = head_matrix(k_ptr, stride_kb, stride_kh, stride_kn, keys, b, h // group, ALIGNED, CUT)
+    v_matrix = head_matrix(v_ptr, stride_vb, stride_vh, stride_vn, keys, b, h // group, ALIGNED, CUT)
     # Rows of r in the future of every query are not read.
     r_rows = tl.minimum(P, rel_offset + reach)
     if r_ptr is not None:
-        head_r_ptr = head_pointer(r_ptr, stride_rb, stride_rh, b, h, ALIGNED)
+        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, r_rows, b, h, ALIGNED)
     else:
-        head_r_ptr: tl.constexpr = None
+        r_matrix = (None, stride_rp, r_rows)
     if r_bias_ptr is not None:
         r_bias_ptr += h * P
-    table = (head_r_ptr, stride_rp, r_rows), r_bias_ptr
+    table = r_matrix, r_bias_ptr
     lane = b * H + h
     terms = (
         (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
@@ -174,11 +177,11 @@ def forward_kernel(
     )  # fmt: skip
 
     offs_m = i0 + tl.arange(0, BLOCK_M)
-    q = load_rows(q_matrix, offs_m, D, BLOCK_D)
+    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
     q_position = q
     if q_pos_ptr is not None:
-        q_pos_matrix = (head_pointer(q_pos_ptr, stride_pb, stride_ph, b, h, ALIGNED), stride_pm, T)
-        q_position = load_rows(q_pos_matrix, offs_m, DR, BLOCK_DR)
+        q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
+        q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -197,29 +200,29 @@ def forward_kernel(
         upper, end = tl.minimum(upper, first + range_keys), tl.minimum(end, first + range_keys)
         out_lane += tl.program_id(1) * (tl.num_programs(0) // n_tiles).to(tl.int64)
 
+    DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
     c = rel_offset - i0
-    offs_x = tl.arange(0, BLOCK_N)
     GROUPS: tl.constexpr = (BLOCK_M + BLOCK_N - 1) // BLOCK_N
     pending = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * GROUPS
     for e in tl.static_range(GROUPS):
-        rows = c + start + (e - GROUPS) * BLOCK_N + offs_x
-        raw = position_block(q_position, table, rows, DR, BLOCK_DR, PRECISION)
+        row0 = c + start + (e - GROUPS) * BLOCK_N
+        raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
         _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
 
     if begin is not None:
-        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N):
+        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, disable_licm=DESCRIPTORS):
             acc, l_i, m_i, pending = _forward_tile(
-                acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+                acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0, c + j0,
                 bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
             )  # fmt: skip
     for j0 in tl.range(lower, upper, BLOCK_N, loop_unroll_factor=UNROLL):
         acc, l_i, m_i, pending = _forward_tile(
-            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0, c + j0,
             bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
-    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N):
+    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, disable_licm=DESCRIPTORS):
         acc, l_i, m_i, pending = _forward_tile(
-            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0 + offs_x, c + j0,
+            acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0, c + j0,
             bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
 

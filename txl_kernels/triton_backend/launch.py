@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from txl_kernels import dropout
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
@@ -15,7 +16,7 @@ from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kern
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import FEW_QUERIES, generation_of, launch_for
+from txl_kernels.triton_backend.launch_table import FEW_QUERIES, Launch, generation_of, launch_for
 from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
@@ -34,7 +35,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
         call = _Call(inputs, options, others=(out,))
-        tiling = call.tiling("few" if call.T <= FEW_QUERIES else "forward")
+        kernel = "few" if call.T <= FEW_QUERIES else "forward"
+        tiling = call.tiling(kernel)
         tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
         if tiles == 1:
             ranges = max(1, min(_RANGE_PROGRAMS // (call.B * call.H), call.S // _RANGE_KEYS))
@@ -46,7 +48,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         else:
             parts, lse_parts = out, lse
         forward_kernel[(tiles * call.B * call.H, ranges)](
-            **call.arguments,
+            **call.operands(kernel),
             **_strided("out", "o", "bhm", parts),
             lse_ptr=lse_parts,
             range_keys=range_keys,
@@ -115,6 +117,16 @@ class _Call:
         # The gradient of q_pos may be denser than q_pos.
         dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
         self.aligned = dense and all(_is_aligned(x) for x in rows)
+        # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
+        rel_offset = max(-self.S, min(options.first_distance - M, self.P + self.T))
+        reach = self.S if options.right < 0 else min(M + 1 + options.right, self.S)
+        # Rows of r in the future of every query are not read.
+        self.r_rows = min(self.P, rel_offset + reach)
+        # What a descriptor cannot do, beside rows not aligned: repeat some, have none, r by batch element alone.
+        plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in (q, k, v, r, q_pos, *others) if x is not None)
+        self.describable = self.aligned and plain
+        if r is not None:
+            self.describable &= self.r_rows > 0 and (len(r) == 1 or r.shape[1] == self.H)
         self.arguments = {
             **_strided("q", "q", "bhm", q),
             **_strided("k", "k", "bhn", k),
@@ -128,10 +140,9 @@ class _Call:
             "T": self.T,
             "S": self.S,
             "P": self.P,
-            # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
-            "rel_offset": max(-self.S, min(options.first_distance - M, self.P + self.T)),
+            "rel_offset": rel_offset,
             "begin": None if options.left < 0 else max(M - options.left, -self.T),
-            "reach": self.S if options.right < 0 else min(M + 1 + options.right, self.S),
+            "reach": reach,
             "scale": options.scale,
             "PRECISION": _input_precision(q.dtype),
             "ALIGNED": self.aligned,
@@ -141,9 +152,31 @@ class _Call:
             "BLOCK_DR": _padded(self.DR),
         }
 
-    def tiling(self, kernel: str) -> dict[str, int]:
+    def row(self, kernel: str) -> Launch:
         width = max(_padded(self.D), _padded(self.DR))
-        row = launch_for(kernel, self.generation, width, self.itemsize)
+        return launch_for(kernel, self.generation, width, self.itemsize)
+
+    def operands(self, kernel: str, **others: object) -> dict:
+        """The arguments that all passes share, and others; what tiles are loaded from as its row of the table says."""
+        arguments, row = self.arguments | others, self.row(kernel)
+        if row.descriptors and self.describable:
+            blocks = dict.fromkeys(("q", "q_pos", "do"), row.block_m) | dict.fromkeys(("k", "v"), row.block_n)
+            for name, block in blocks.items():
+                if (x := arguments.get(f"{name}_ptr")) is not None:
+                    arguments[f"{name}_ptr"] = _descriptor(x, block)
+            if self.r is not None:
+                arguments["r_ptr"] = self._r_descriptor(row.block_n)
+        return arguments
+
+    def _r_descriptor(self, block: int) -> TensorDescriptor:
+        """Of the rows of r that are read, without the dimensions that batch elements or heads share."""
+        r = self.inputs.r[:, :, : self.r_rows]
+        if len(r) == 1:
+            r = r[0, 0] if r.shape[1] == 1 else r[0]
+        return _descriptor(r, block)
+
+    def tiling(self, kernel: str) -> dict[str, int]:
+        row = self.row(kernel)
         options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
         return {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "UNROLL": row.unroll} | options
 
@@ -202,8 +235,7 @@ def _query_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor | None, 
     dscores = None if scores is None else torch.empty(scores.shape, dtype=torch.float32, device=q.device)
     tiling = call.tiling("dq")
     backward_dq_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
-        **call.arguments,
-        **shared,
+        **call.operands("dq", **shared),
         **_strided("dq", "dq", "bhm", dq),
         **_strided("dq_pos", "dp", "bhm", dq_pos),
         dsegment_ptr=dscores,
@@ -226,8 +258,7 @@ def _key_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor, Tensor | 
     if content_bias is not None:
         bias_parts = torch.empty((call.B, call.H, tiles, call.D), dtype=torch.float32, device=k.device)
     backward_dkv_kernel[(tiles * call.B * call.H,)](
-        **call.arguments,
-        **shared,
+        **call.operands("dkv", **shared),
         **_strided("dk", "dk", "bhn", dk),
         **_strided("dv", "dv", "bhn", dv),
         du_ptr=bias_parts,
@@ -257,8 +288,7 @@ def _row_gradients(call: _Call, shared: dict) -> tuple[Tensor | None, Tensor | N
     dposition_parts = parts(inputs.position_bias, blocks, H, call.D)
     dr_bias_parts = parts(inputs.r_bias, H, P)
     backward_dr_kernel[(blocks * H, ranges)](
-        **call.arguments,
-        **shared,
+        **call.operands("dr", **shared),
         B=call.B,
         dr_ptr=dr_parts,
         dposition_bias_ptr=dposition_parts,
@@ -317,6 +347,11 @@ def _strided(pointer: str, stride: str, dimensions: str, x: Tensor | None) -> di
     """A tensor and its strides by dimension under the names of the kernels' arguments; zeros for None."""
     strides = {f"stride_{stride}{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dimensions)}
     return {f"{pointer}_ptr": x, **strides}
+
+
+def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """x (..., rows, D) by tiles of so many rows."""
+    return TensorDescriptor(x, x.shape, x.stride(), [1] * (x.dim() - 2) + [block, _padded(x.shape[-1])])
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -14,7 +14,8 @@ import torch
 class Launch(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys (or rows of r) a tile, both powers of two from 16, with warps and stages.
 
-    The main loop takes `unroll` tiles a pass: what one tile hands on to the next then needs no move.
+    The main loop takes `unroll` tiles a pass: what one tile hands on to the next then needs no move. With `descriptors`
+    the copy engine loads tiles (TMA, from sm_90 on), where strides allow.
     """
 
     block_m: int
@@ -22,6 +23,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     unroll: int = 1
+    descriptors: bool = False
 
 
 # "few" is the forward of at most FEW_QUERIES, as in generation: memory-bound, if no product is made for absent rows.
@@ -36,11 +38,19 @@ _HALF = {
         "dr": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 8, 1)},
     },
     "sm_90": {
-        "forward": {64: Launch(64, 32, 4, 2, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 32, 8, 1)},
+        "forward": {
+            64: Launch(64, 32, 4, 2, 2),
+            128: Launch(64, 32, 4, 2, 1, True),
+            256: Launch(64, 32, 8, 2, 1, True),
+        },
         "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
-        "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(64, 16, 8, 1)},
-        "dkv": {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 4, 2), 256: Launch(16, 64, 8, 1)},
-        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 64, 8, 1)},
+        "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2, 1, True), 256: Launch(64, 16, 8, 1)},
+        "dkv": {64: Launch(32, 64, 4, 2, 1, True), 128: Launch(32, 64, 4, 2, 1, True), 256: Launch(16, 64, 8, 1)},
+        "dr": {
+            64: Launch(32, 64, 4, 2, 1, True),
+            128: Launch(32, 64, 4, 2, 1, True),
+            256: Launch(16, 64, 8, 1, 1, True),
+        },
     },
     "sm_100": {
         "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},

@@ -13,8 +13,11 @@ raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in
 on constants, then a rotation of every row by its own index. The kernels whose programs own keys or rows of r hold
 their tiles transposed, and rotate columns.
 
-A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. PRECISION says
-how float32 operands are multiplied, "ieee" or "tf32".
+A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. What is only read may
+come as a tensor descriptor of all batch elements and heads instead (TMA: the copy engine makes addresses and bounds,
+which saves registers); then the tuple is (descriptor, place, number of rows), as `head_matrix` makes it.
+
+PRECISION says how float32 operands are multiplied, "ieee" or "tf32".
 """
 
 import triton
@@ -38,14 +41,39 @@ def head_pointer(ptr, stride_b, stride_h, b, h, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(matrix, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(len(rows), BLOCK_D); rows that the matrix does not have and padding columns are 0."""
-    ptr, stride_row, n_rows = matrix
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = ((rows >= 0) & (rows < n_rows))[:, None]
-    if D < BLOCK_D:
-        inside = inside & (offs_d < D)[None, :]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :], mask=inside, other=0.0)
+def head_matrix(source, stride_b, stride_h, stride_row, n_rows, b, h, ALIGNED: tl.constexpr, CUT: tl.constexpr = False):
+    """The matrix of one (batch, head), from a pointer or a descriptor of (B, H, rows, D), (H, rows, D) or (rows, D).
+
+    CUT: n_rows may be fewer than the rows that the descriptor has.
+    """
+    if isinstance(source, tl.tensor_descriptor):
+        lane = (tl.cast(b, tl.int32), tl.cast(h, tl.int32))
+        matrix = source, (lane[4 - len(source.block_shape) :], CUT), n_rows
+    else:
+        matrix = head_pointer(source, stride_b, stride_h, b, h, ALIGNED), stride_row, n_rows
+    return matrix
+
+
+@triton.jit
+def load_rows(matrix, first, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr = True):
+    """(ROWS, BLOCK_D) from row first on; rows that the matrix does not have and padding columns are 0.
+
+    Without EDGE all rows are below its n_rows, or the matrix is not CUT.
+    """
+    source, place, n_rows = matrix
+    rows = first + tl.arange(0, ROWS)
+    if isinstance(source, tl.tensor_descriptor):
+        lane, CUT = place
+        tile = source.load(lane + (first, 0)).reshape(ROWS, BLOCK_D)
+        if EDGE and CUT:
+            tile = tl.where((rows < n_rows)[:, None], tile, 0.0)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        inside = ((rows >= 0) & (rows < n_rows))[:, None]
+        if D < BLOCK_D:
+            inside = inside & (offs_d < D)[None, :]
+        tile = tl.load(source + rows.to(tl.int64)[:, None] * place + offs_d[None, :], mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -79,29 +107,27 @@ def key_count(lengths_ptr, b, S):
 def position_block(
     q,
     table,
-    rows,
+    first,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """raw[ii, x] = q_ii . r[rows[x]] and the bias of the row, (M, len(rows)); or its transpose.
+    """raw[ii, x] = q_ii . r[first + x] and the bias of the row, (M, ROWS); or its transpose.
 
     table is what depends on the relative position, the matrix of r and the row bias; the pointer of each may be None.
     """
     matrix, r_bias_ptr = table
-    if TRANSPOSED:
-        raw = tl.zeros((rows.shape[0], q.shape[0]), tl.float32)
-    else:
-        raw = tl.zeros((q.shape[0], rows.shape[0]), tl.float32)
+    raw = tl.zeros((ROWS, q.shape[0]) if TRANSPOSED else (q.shape[0], ROWS), tl.float32)
     if matrix[0] is not None:
-        r = load_rows(matrix, rows, D, BLOCK_D)
+        r = load_rows(matrix, first, ROWS, D, BLOCK_D)
         if TRANSPOSED:
             raw = tl.dot(r, tl.trans(q), input_precision=PRECISION)
         else:
             raw = tl.dot(q, tl.trans(r), input_precision=PRECISION)
     if r_bias_ptr is not None:
-        bias = load_row_bias(r_bias_ptr, rows, matrix[2])
+        bias = load_row_bias(r_bias_ptr, first + tl.arange(0, ROWS), matrix[2])
         raw += bias[:, None] if TRANSPOSED else bias[None, :]
     return raw
 

@@ -40,13 +40,16 @@ def row_stats_kernel(
     """
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
-    offs_m = pid % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    i0 = pid % n_tiles * BLOCK_M
+    offs_m = i0 + tl.arange(0, BLOCK_M)
     inside = offs_m < T
     bh = (pid // n_tiles).to(tl.int64)
     b = bh // H
     h = bh % H
-    out = load_rows((head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T), offs_m, D, BLOCK_D)
-    do = load_rows((head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T), offs_m, D, BLOCK_D)
+    out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, b, h, ALIGNED), stride_om, T)
+    do_matrix = (head_pointer(do_ptr, stride_dob, stride_doh, b, h, ALIGNED), stride_dom, T)
+    out = load_rows(out_matrix, i0, BLOCK_M, D, BLOCK_D)
+    do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + bh * T + offs_m, mask=inside, other=0.0).to(tl.float32)
@@ -86,7 +89,8 @@ def combine_kernel(
     """
     n_tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
-    offs_m = pid % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    i0 = pid % n_tiles * BLOCK_M
+    offs_m = i0 + tl.arange(0, BLOCK_M)
     inside = offs_m < T
     bh = (pid // n_tiles).to(tl.int64)
     n_lanes = (tl.num_programs(0) // n_tiles).to(tl.int64)
@@ -101,7 +105,8 @@ def combine_kernel(
         lse = tl.load(lse_parts_ptr + first + offs_m, mask=inside, other=float("-inf"))
         weight = tl.exp(lse - row_max)
         total += weight
-        out += weight.to(tl.float32)[:, None] * load_rows((out_parts_ptr + first * D, D, T), offs_m, D, BLOCK_D)
+        out_part = load_rows((out_parts_ptr + first * D, D, T), i0, BLOCK_M, D, BLOCK_D)
+        out += weight.to(tl.float32)[:, None] * out_part
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out_matrix = (head_pointer(out_ptr, stride_ob, stride_oh, bh // H, bh % H, ALIGNED), stride_om, T)
