@@ -197,7 +197,8 @@ def test_nan_in_rows_of_r_that_only_the_future_uses(use_tiles):
 def test_overlapping_windows_are_copied(use_tiles):
     use_tiles(16, 16)
     inputs = make_inputs(1, 2, 9, 4, 16)
-    check(inputs | {"q": torch.randn(1, 2, 9 + 15).unfold(-1, 16, 1)})
+    numbers = torch.randn(1, 2, 9 + 15, generator=torch.Generator().manual_seed(0))
+    check(inputs | {"q": numbers.unfold(-1, 16, 1)})
 
 
 def test_rows_of_r_that_no_visible_pair_uses_get_zero_gradient(use_tiles):
