@@ -61,6 +61,14 @@ def batch(frames: int = 240, B: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(B, frames, MELS), torch.arange(frames) < lengths[:, None]
 
 
+def padded_encoder(family: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The whole encoder of a family, features, and the mask as it takes it."""
+    features, valid = batch()
+    if family == "gemma3n":
+        return make(gemma3n.Gemma3nAudioEncoder, config3n()), features, ~valid
+    return make(gemma4.Gemma4AudioModel, config4()), features, valid
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_of_gemma3n(shape, side):
@@ -132,11 +140,7 @@ def test_clipped_projections():
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_autocast(family):
-    features, valid = batch()
-    if family == "gemma3n":
-        model, mask = make(gemma3n.Gemma3nAudioEncoder, config3n()), ~valid
-    else:
-        model, mask = make(gemma4.Gemma4AudioModel, config4()), valid
+    model, features, mask = padded_encoder(family)
     assert_same_under_autocast(model, lambda model: model(features, mask).last_hidden_state)
 
 
@@ -170,11 +174,7 @@ def test_what_is_left_alone(option, reason):
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_masks_are_read_once_for_all_layers(family):
-    features, valid = batch()
-    if family == "gemma3n":
-        model, mask = make(gemma3n.Gemma3nAudioEncoder, config3n()), ~valid
-    else:
-        model, mask = make(gemma4.Gemma4AudioModel, config4()), valid
+    model, features, mask = padded_encoder(family)
     assert_reads_once(model, lambda model: model(features, mask))
 
 
