@@ -6,7 +6,7 @@ from torch import Tensor
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import blocks, one_piece, tiles
 from txl_kernels.torch_backend.terms import needed
-from txl_kernels.torch_backend.tiles import Tile, cast, groups, product_dtype, spans, sum_dtype
+from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, softmax, spans, sum_dtype
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -40,7 +40,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
     """out (b, h, t, D) and lse (b, h, t) of a tile."""
     p = tile.scores()
-    lse, row_max = _softmax(p)
+    lse, row_max = softmax(p)
     if tile.group.may_be_dead:
         dead = row_max == -torch.inf
         p.masked_fill_(dead[..., None], 0.0)
@@ -50,15 +50,6 @@ def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
         out *= tile.dropout_scale
     shape = tile.q_content.shape
     return out.view(shape), lse.view(shape[:3])
-
-
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of the last dimension, in place: the log-sum-exp and the maximum that the rows had."""
-    dtype = sum_dtype(scores.dtype)
-    row_max = cast(scores.amax(-1), dtype)
-    torch.softmax(scores, -1, out=scores)
-    # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
-    return row_max - cast(scores.amax(-1), dtype).log_(), row_max
 
 
 def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:

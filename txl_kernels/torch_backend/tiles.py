@@ -286,6 +286,15 @@ class Tile:
                 self._raw[..., start:stop].fill_(value)
 
 
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of the last dimension, in place: the log-sum-exp and the maximum that the rows had."""
+    dtype = sum_dtype(scores.dtype)
+    row_max = cast(scores.amax(-1), dtype)
+    torch.softmax(scores, -1, out=scores)
+    # The largest probability is 1 / sum(exp(score - row_max)): lse without another exp.
+    return row_max - cast(scores.amax(-1), dtype).log_(), row_max
+
+
 def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """scale * (queries + bias), dense, in the dtype of the queries (h, T, b, D)."""
     result = queries.new_empty(queries.shape)
