@@ -26,6 +26,7 @@ def rel_attention_definition(
     r_bias: Tensor | None = None,
     segment: tuple[Tensor, Tensor, Tensor] | None = None,
     softcap: float | None = None,
+    wrap_future: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Relative attention (Dai et al. 2019, arXiv 1901.02860) in plain loops and float64, differentiable.
@@ -50,6 +51,7 @@ def rel_attention_definition(
         r_bias: (H, P), added by row of r.
         segment: (scores (B, H, T, 2), q_ids (B, T), k_ids (B, S)); adds score 0 where the ids agree, else score 1.
         softcap: bound on the scaled scores.
+        wrap_future: beyond distance -1, which has no position term, take that of query i + 1 with row -2 - distance.
         return_lse: also return the natural-log row log-sum-exp.
 
     Returns:
@@ -80,9 +82,13 @@ def rel_attention_definition(
             if mask is not None and mask[b, h, i, j] == (-math.inf if mask.is_floating_point() else 0):
                 continue
             score = (q[b, h, i] + u[h]) @ k[b, g, j]
-            if 0 <= (p := first_distance - distance) < P:
+            p, asker = first_distance - distance, i
+            if wrap_future and distance < -1:
+                p, asker = -2 - distance, i + 1
+            if 0 <= p < P:
                 if r is not None:
-                    score = score + (q[b, h, i] + w[h] if q_pos is None else q_pos[b, h, i].double()) @ r[b, h, p]
+                    query = q[b, h, asker] + w[h] if q_pos is None else q_pos[b, h, asker].double()
+                    score = score + query @ r[b, h, p]
                 if r_bias is not None:
                     score = score + r_bias[h, p].double()
             if segment is not None:

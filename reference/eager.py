@@ -34,6 +34,7 @@ def rel_attention_eager(
     r_bias: Tensor | None = None,
     segment: tuple[Tensor, Tensor, Tensor] | None = None,
     softcap: float | None = None,
+    wrap_future: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Relative attention as the original computes it, in the dtype of the inputs, with every optional term.
@@ -52,14 +53,14 @@ def rel_attention_eager(
     q_content = q if content_bias is None else q + content_bias[:, None].to(q.dtype)
     score = torch.einsum("bhid,bhjd->bhij", q_content, k)
     if r is not None:
-        r = _rows_for_shift(r, T, S, is_causal, first_distance)
+        r = _rows_for_shift(r, T, S, is_causal or wrap_future, first_distance)
         q_position = q if position_bias is None else q + position_bias[:, None].to(q.dtype)
         bd = torch.einsum(
             "bhid,hpd->bhip" if r.ndim == 3 else "bhid,bhpd->bhip", q_position if q_pos is None else q_pos, r
         )
         score = score + rel_shift(bd)[..., :S]
     if r_bias is not None:
-        rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, is_causal, first_distance)[..., 0]
+        rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, is_causal or wrap_future, first_distance)[..., 0]
         score = score + rel_shift(rows[None, :, None].expand(1, H, T, -1))[..., :S]
     if segment is not None:
         scores, q_ids, k_ids = segment
@@ -128,7 +129,10 @@ def rel_shift_original(x: Tensor) -> Tensor:
 
 
 def rel_shift(x: Tensor) -> Tensor:
-    """Moves row i of x (B, H, T, N) left by T - 1 - i: pad a zero column, view, drop the first row."""
+    """Moves row i of x (B, H, T, N) left by T - 1 - i: pad a zero column, view, drop the first row.
+
+    What moves in from the right is a zero and then the next row, which `wrap_future` shows.
+    """
     B, H, T, N = x.shape
     padded = torch.cat([x.new_zeros(B, H, T, 1), x], dim=-1)
     return padded.view(B, H, N + 1, T)[:, :, 1:].view(B, H, T, N)

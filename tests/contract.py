@@ -8,12 +8,15 @@ from tests.accuracy import Tensors, make_inputs
 FEATURES = (
     "bidirectional", "window", "right window", "band", "bool mask", "float mask", "key mask", "head mask",
     "key lengths", "position query", "row bias", "no r", "segment", "softcap", "grouped heads", "batched r", "shared r",
+    "wrapped future",
 )  # fmt: skip
 EXCLUSIVE = (
     {"bool mask", "float mask", "key mask", "head mask"},
     {"no r", "position query"},
     {"no r", "batched r", "shared r"},
     {"window", "right window"},
+    {"wrapped future", "bidirectional"},
+    {"wrapped future", "band"},
 )
 
 
@@ -34,8 +37,8 @@ def make_problem(
 
     Some query has no visible key in every problem with a mask of queries and keys, a right window or key lengths.
     """
-    S, is_causal = M + T, "bidirectional" not in features
-    needed = S if is_causal else S + T - 1
+    S, is_causal = M + T, not features & {"bidirectional", "wrapped future"}
+    needed = S + T - 1 if "bidirectional" in features else S
     P = max(1, needed // 2) if "band" in features else needed
     inputs = make_inputs(B, H, T, M, D, P, dtype, device, is_causal, seed, layout, biases)
     options: dict = {"is_causal": is_causal}
@@ -90,6 +93,8 @@ def make_problem(
         options["segment_ids"] = (below(2, B, T), below(2, B, S))
     if "softcap" in features:
         options["softcap"] = 2.0
+    if "wrapped future" in features:
+        options["wrap_future"] = True
     if "grouped heads" in features and H % 2 == 0:
         for name in ("k", "v"):
             inputs[name] = inputs[name][:, : H // 2]

@@ -8,6 +8,7 @@ from reference.definition import rel_attention_definition
 from reference.eager import rel_attention_eager, rel_attention_original
 from reference.layer import RelPartialLearnableMultiHeadAttn
 from tests.accuracy import assert_close_to_truth, make_inputs, outputs_and_gradients
+from tests.contract import make_problem
 from tests.layer_tools import GOLDEN_CASES, assert_golden, golden, run
 
 # T, M, is_causal, P (None: as many as needed), first_distance (None: S - 1)
@@ -39,6 +40,15 @@ def test_eager_is_the_definition(case, biases):
     options = {"is_causal": is_causal, "first_distance": first_distance}
     wanted = outputs_and_gradients(rel_attention_definition, inputs, dout, dlse, **options)
     got = outputs_and_gradients(rel_attention_eager, inputs, dout, dlse, **options)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("T", "M"), [(4, 3), (5, 0), (1, 6), (2, 0)])
+def test_eager_and_definition_agree_on_a_future_that_wraps(T, M):
+    inputs, options = make_problem({"wrapped future", "row bias"}, 2, 2, T, M, 3, torch.float64)
+    dout = torch.randn(2, 2, T, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = outputs_and_gradients(rel_attention_definition, inputs, dout, **options)
+    got = outputs_and_gradients(rel_attention_eager, inputs, dout, **options)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 

@@ -13,11 +13,20 @@ EVERYTHING = (
     {"window", "band", "float mask", "key lengths", "position query", "row bias", "segment", "softcap", "batched r"},
     {"bidirectional", "right window", "head mask", "no r", "segment", "softcap", "grouped heads", "key lengths"},
     {"bidirectional", "key mask", "row bias", "grouped heads", "shared r", "band"},
+    {"wrapped future", "key lengths", "position query", "row bias", "segment", "batched r"},
 )
 
 
 def backend_call(
-    inputs, is_causal=True, window=None, scale=None, first_distance=None, softcap=None, dropout_p=0.0, **tensors
+    inputs,
+    is_causal=True,
+    window=None,
+    scale=None,
+    first_distance=None,
+    softcap=None,
+    dropout_p=0.0,
+    wrap_future=False,
+    **tensors,
 ):
     """Inputs and Options of the backend with rel_attention's defaults."""
     q, k = inputs["q"], inputs["k"]
@@ -35,6 +44,7 @@ def backend_call(
         k.shape[2] - 1 if first_distance is None else first_distance,
         softcap,
         dropout_p,
+        wrap_future,
     )
 
 

@@ -69,6 +69,7 @@ class Options(NamedTuple):
         first_distance: the distance of row 0 of r and r_bias.
         softcap: bound on the scaled scores, or None.
         dropout_p: probability with which a normalised attention weight is dropped.
+        wrap_future: as in `rel_attention`; only for the torch backend, with S rows of r and no window.
     """
 
     left: int
@@ -77,3 +78,4 @@ class Options(NamedTuple):
     first_distance: int
     softcap: float | None = None
     dropout_p: float = 0.0
+    wrap_future: bool = False

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from txl_kernels import op
-from txl_kernels.validation import check_backend, check_inputs
+from txl_kernels.validation import check_backend, check_inputs, check_unwrapped_width
+from txl_kernels.wrap_future import unwrapped
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,6 +32,7 @@ def rel_attention(
     r_bias: Tensor | None = None,
     segment: tuple[Tensor, Tensor, Tensor] | None = None,
     softcap: float | None = None,
+    wrap_future: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -85,6 +87,10 @@ def rel_attention(
         segment: (scores (B, H, T, 2), q_ids (B, T), k_ids (B, S)): adds scores[..., 0] where the integer ids of
             query and key agree, else scores[..., 1]. Scores in the dtype of q or float32.
         softcap: Bounds the scores to (-softcap, softcap), before masks.
+        wrap_future: The rel-shift of the original code and of ESPnet's legacy attention, which pads a column of zeros
+            and reads on from row to row. With ``is_causal=False`` and P = S rows of r, the next key (distance -1) has
+            no position term and one farther ahead that of the next query, (q_{i+1} + v') . r[-2 - distance], with
+            r_bias likewise. Not with first_distance. On Triton and with a window r gets twice the width.
         return_lse: Also return the row log-sum-exp.
         backend: None chooses "triton" for CUDA or HIP tensors of float16, bfloat16 or float32 where Triton is
             installed, else "torch", which takes any device and dtype. An explicit choice never falls back.
@@ -115,7 +121,7 @@ def rel_attention(
             segment = (*map(_autocast_half, segment),)
     check_inputs(
         q, k, v, r, content_bias, position_bias, is_causal, window, attn_mask, key_lengths, dropout_p, scale,
-        first_distance, q_pos, r_bias, segment, softcap,
+        first_distance, q_pos, r_bias, segment, softcap, wrap_future,
     )  # fmt: skip
     if backend is None:
         use_triton = _TRITON_INSTALLED and q.device.type == "cuda" and q.dtype in _TRITON_DTYPES
@@ -123,6 +129,10 @@ def rel_attention(
     else:
         check_backend(backend, q, _TRITON_INSTALLED, _TRITON_DTYPES)
     left, right = (-1, -1) if window is None else window
+    if wrap_future and (backend != "torch" or max(left, right) >= 0):
+        check_unwrapped_width(q if q_pos is None else q_pos)
+        q_pos, r, r_bias = unwrapped(q, r, position_bias, q_pos, r_bias)
+        position_bias, wrap_future = None, False
     # Drawn on the device and never read on the host, which would keep a GPU waiting and break graph capture.
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     out, lse = op.rel_attention(
@@ -136,6 +146,7 @@ def rel_attention(
         k.shape[2] - 1 if first_distance is None else first_distance,
         None if softcap is None else float(softcap),
         float(dropout_p),
+        wrap_future,
         backend,
     )
     return (out, lse if q.dtype is torch.float64 else lse.float()) if return_lse else out

@@ -87,18 +87,15 @@ def weighted_values(
     layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, positions: Positions, visible: Visibility
 ) -> tuple[Tensor, Tensor]:
     """What `rel_attention` gives, out (B, H, T, D) and lse (B, H, T). Arguments as in `attend`."""
-    q, q_pos = heads(layer, q), None
-    if visible.future:
-        q_pos, positions = wrapped(q, positions)
     return rel_attention(
-        *(q, k, v, positions.r, positions.content_bias, positions.position_bias),
+        *(heads(layer, q), k, v, positions.r, positions.content_bias, positions.position_bias),
         is_causal=not visible.future,
         window=visible.window,
         attn_mask=visible.attn_mask,
         dropout_p=layer.dropatt.p if layer.dropatt.training else 0.0,
         scale=layer.scale,
-        q_pos=q_pos,
         r_bias=positions.r_bias,
+        wrap_future=visible.future,
         return_lse=True,
     )
 
@@ -116,22 +113,6 @@ def _normed(layer: nn.Module, states: Tensor) -> Tensor:
 def heads(layer: nn.Module, x: Tensor) -> Tensor:
     """(n, B, H * D) as (B, H, n, D), and (n, H * D) as (H, n, D)."""
     return x.unflatten(-1, (layer.n_head, layer.d_head)).movedim(0, -2)
-
-
-def wrapped(q: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
-    """The original's position term where the future is visible, as q_pos and what goes with it.
-
-    Its rel-shift pads a zero in front of each row of BD and reads on from row to row: distance -1 gets that zero, and
-    farther ahead query i reads what query i + 1 has for the largest distances. So the rows for negative distances are
-    a zero and then r again, seen through a second half of the position query, which is that of query i + 1.
-    """
-    (T, D), (r, _, position_bias, r_bias) = q.shape[2:], positions
-    q_pos = q if position_bias is None else (q + position_bias[:, None]).to(q.dtype)
-    q_pos = torch.cat([q_pos, nn.functional.pad(q_pos[:, :, 1:], (0, 0, 0, 1))], dim=-1)
-    r = torch.cat([nn.functional.pad(r, (0, D, 0, 1)), nn.functional.pad(r[..., :T, :], (D, 0))], dim=-2)
-    if r_bias is not None:
-        r_bias = torch.cat([nn.functional.pad(r_bias, (0, 1)), r_bias[:, :T]], dim=1)
-    return q_pos, Positions(r, positions.content_bias, None, r_bias)
 
 
 def last_rows(x: Tensor, n: int) -> Tensor:

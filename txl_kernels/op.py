@@ -16,7 +16,10 @@ from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 
 _library = torch.library.Library("txl_kernels", "DEF")
 _INPUTS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in Inputs._fields)
-_OPTIONS = "SymInt left, SymInt right, float scale, SymInt first_distance, float? softcap, float dropout_p, str backend"
+_OPTIONS = (
+    "SymInt left, SymInt right, float scale, SymInt first_distance, float? softcap, float dropout_p, bool wrap_future, "
+    "str backend"
+)
 _library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _library.define(
     f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
@@ -77,12 +80,11 @@ def _normalized(inputs: Inputs) -> Inputs:
 
 
 def _forward(*args):
-    *tensors, left, right, scale, first_distance, softcap, dropout_p, backend = args
+    tensors, (*options, backend) = args[:_N_INPUTS], args[_N_INPUTS:]
     inputs = Inputs(*tensors)
     if inputs.q.numel() == 0:
         return _forward_fake(*args)
-    options = Options(left, right, scale, first_distance, softcap, dropout_p)
-    return _run(_backend_module(backend).forward, _normalized(inputs), options)
+    return _run(_backend_module(backend).forward, _normalized(inputs), Options(*options))
 
 
 def _forward_fake(*args):

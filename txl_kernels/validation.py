@@ -29,6 +29,7 @@ def check_inputs(
     r_bias: Tensor | None,
     segment: tuple[Tensor, Tensor, Tensor] | None,
     softcap: float | None,
+    wrap_future: bool,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments fit the contract of `rel_attention`."""
     _check_tensor("q", q, 4, "(B, H, T, D)")
@@ -64,9 +65,17 @@ def check_inputs(
         _check_finite("softcap", softcap)
         if not softcap > 0:
             raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if first_distance is None:
-        table, name = (r, "r") if r is not None else (r_bias, "r_bias")
-        rows = table.shape[-1] if r is None else table.shape[-2]
+    _check_bool("wrap_future", wrap_future)
+    table, name = (r, "r") if r is not None else (r_bias, "r_bias")
+    rows = table.shape[-1] if r is None else table.shape[-2]
+    if wrap_future:
+        if is_causal:
+            raise ValueError("wrap_future: expected False with is_causal=True, which hides the future")
+        if first_distance is not None:
+            raise ValueError("first_distance: expected None with wrap_future, which starts at S - 1")
+        if rows != kv_len:
+            raise ValueError(f"{name}: expected P = S = {kv_len} rows with wrap_future, got {rows}")
+    elif first_distance is None:
         wanted = kv_len if is_causal else kv_len + q_len - 1
         if q_len and rows < wanted:
             form = "S" if is_causal else "S + T - 1"
@@ -76,6 +85,15 @@ def check_inputs(
             )
     else:
         _check_int("first_distance", first_distance)
+
+
+def check_unwrapped_width(position_query: Tensor) -> None:
+    """Raises where `wrap_future` cannot be had by a position query of twice the width."""
+    if position_query.shape[3] > MAX_HEAD_SIZE // 2:
+        raise ValueError(
+            f"wrap_future: on Triton or with a window, expected position queries of at most {MAX_HEAD_SIZE // 2} "
+            f"numbers, got {position_query.shape[3]}"
+        )
 
 
 def _check_positions(
@@ -121,8 +139,7 @@ def _check_visibility(
     key_lengths: Tensor | None,
 ) -> None:
     batch, heads, q_len, _ = q.shape
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+    _check_bool("is_causal", is_causal)
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(f"window: expected (left, right) or None, got {window!r}")
@@ -227,6 +244,11 @@ def has_values(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_bool(name: str, x: bool) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
 
 
 def _check_number(name: str, x: float) -> None:

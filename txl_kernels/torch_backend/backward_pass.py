@@ -101,16 +101,23 @@ def backward(
                 cut(totals["content_bias"], heads).add_(dq.sum((0, 2), dtype=dtype))
 
             if from_position or "r" in totals or "r_bias" in totals:
-                ds_raw = tile.to_raw(ds)
+                position = tile.position
+                ds_raw = position.to_raw(ds)
             if "r" in totals:
-                total = cut(part(totals["r"], batches, heads)[0], ALL, tile.r_rows)
-                _add_product(total, ds_raw.reshape(*tile.q_position.shape[:2], -1).mT, tile.q_position)
+                total = cut(part(totals["r"], batches, heads)[0], ALL, position.r_rows)
+                _add_product(total, ds_raw.reshape(*position.queries.shape[:2], -1).mT, position.queries)
             if "r_bias" in totals:
-                totals["r_bias"][heads, tile.r_rows].add_(ds_raw.sum(1))
+                totals["r_bias"][heads, position.r_rows].add_(ds_raw.sum(1))
             if from_position:
-                dq_position = torch.bmm(ds_raw, tile.r.expand(h, -1, -1)).view(h, t, b, -1).permute(2, 0, 1, 3)
+                dq_position = position.of_queries(torch.bmm(ds_raw, position.r.expand(h, -1, -1)))
             if "position_bias" in totals:
                 cut(totals["position_bias"], heads).add_(dq_position.sum((0, 2), dtype=dtype))
+            if from_position and dq_position.shape[2] > t:  # the next query's, whose tile is done
+                for name in from_position & own.keys():
+                    cut(own[name], batches, heads, slice(rows.stop, rows.stop + 1)).add_(
+                        dq_position[:, :, t:], alpha=scale
+                    )
+                dq_position = dq_position[:, :, :t]
 
             if "q" in own:
                 cut(own["q"], *tile.where).copy_((dq.add_(dq_position) if "q" in from_position else dq).mul_(scale))

@@ -54,4 +54,4 @@ def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
 
 def _attend_fused(tile: Tile) -> tuple[Tensor, Tensor]:
     """As _attend, by PyTorch's fused CPU attention with the position term as its mask; one query head per key head."""
-    return _fused(tile.q_content, tile.k, tile.v, attn_mask=tile.position_scores(), scale=1.0)
+    return _fused(tile.q_content, tile.k, tile.v, attn_mask=tile.position.scores(), scale=1.0)

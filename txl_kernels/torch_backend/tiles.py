@@ -4,10 +4,7 @@ A group is a set of (batch, head) lanes that go through one matrix product toget
 into tiles. The scores of one tile are the largest thing that is ever allocated. A tile has only the keys that the
 window and the key lengths leave to its queries.
 
-The rel-shift costs no arithmetic. The position term of a tile with t queries and n keys is one matrix product
-with the tile's band of r, in raw coordinates: query ii finds key jj in column jj - ii + t - 1. With rows that
-advance by one element less, the same memory reads as (ii, jj). A raw column is a distance, so the edges of a window
-(the causal one included) are columns: what lies beyond is one rectangular fill and is never computed.
+The rel-shift costs no arithmetic (positions.py).
 
 In shapes, b and h are the batches and heads of a group, t, n and p the queries, keys and rows of r of a tile. Query
 heads that share a key head are rows of one product: there are l = b * hk lanes with m = h / hk * t rows each.
@@ -20,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import terms
+from txl_kernels.torch_backend.positions import Band, Wrapped
 from txl_kernels.torch_backend.terms import Terms, cut, part
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
@@ -32,9 +31,6 @@ MAX_ROWS = 128
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
 MANY_ROWS = 64
-# Products into rows of a multiple of this many elements are up to a third faster.
-ALIGNMENT = 16
-
 
 ALL = slice(None)
 
@@ -128,8 +124,9 @@ class Group:
         dtype: of products and scores.
         n_keys: the number of keys that some lane has.
         k, v: (b, hk, n_keys, D); views where the inputs have that dtype and few queries use them.
-        r: (1|h, P, Dr), or None.
+        r: (1|h, P, Dr), or None; with a row of zeros in front where the shift wraps, as r_bias.
         r_bias: scale * r_bias, (h, 1, P), or None.
+        shift: the rel-shift of its tiles.
         q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
         may_be_dead: whether a query may see no key of a tile that has some.
     """
@@ -168,7 +165,12 @@ class Group:
             self.r = self.r.contiguous() if in_half else self.r
         self.r_bias = None if inputs.r_bias is None else inputs.r_bias[heads, None].to(dtype) * scale
         b, h = batches.stop - batches.start, heads.stop - heads.start
-        self.raw = self.k.new_empty(b * h * size.rows * _aligned(size.keys + size.rows - 1))
+        self.shift = Band
+        if options.wrap_future:  # a column of zeros in front of BD
+            self.shift = Wrapped
+            self.r = None if self.r is None else pad(self.r, (0, 0, 1, 0))
+            self.r_bias = None if self.r_bias is None else pad(self.r_bias, (1, 0))
+        self.raw = self.k.new_empty(self.shift.size(b, h, size.rows, size.keys, S))
 
 
 class Tile:
@@ -180,57 +182,24 @@ class Tile:
         keys: the slice of keys, n of them.
         k, v: those keys and values, (b, hk, n, D).
         q_content: (b, h, t, D).
-        q_position: (1|h, t * b, Dr), 1 where all heads share r, or None.
-        r: the rows of r that the tile uses, (1|h, p, Dr), or None.
-        r_rows: which rows these are.
+        position: its position term.
         n_lanes: l.
     """
 
     def __init__(self, group: Group, rows: slice) -> None:
         left, right = group.options.left, group.options.right
         h, _, b, _ = group.q_content.shape
-        t = rows.stop - rows.start
         first = rows.start + group.memory - left if left >= 0 else 0
         stop = min(group.n_keys, rows.stop + group.memory + right) if right >= 0 else group.n_keys
         self.group, self.where = group, (group.batches, group.heads, rows)
         self.keys = keys = slice(min(max(first, 0), stop), stop)
         self.n = n = keys.stop - keys.start
+        self.shape = b, h, rows.stop - rows.start, n
         self.n_lanes = b * h // group.heads_per_key
         self.k, self.v = cut(group.k, ALL, ALL, keys), cut(group.v, ALL, ALL, keys)
         self.q_content = cut(group.q_content, ALL, rows).permute(2, 0, 1, 3)
 
-        pitch = _aligned(n + t - 1)
-        raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
-
-        # Raw column x holds distance `farthest - x`; from `nearest` on and before `start` all are hidden.
-        columns = n + t - 1
-        farthest = rows.stop - 1 + group.memory - keys.start
-        start = min(max(farthest - left, 0), columns) if left >= 0 else 0
-        end = max(min(farthest + right + 1, columns), start) if right >= 0 else columns
-        # It belongs to row first_row + x of r, which need not exist.
-        first_row = group.options.first_distance - farthest
-        begin = min(max(-first_row, start), end)
-        stop = max(min(group.inputs.rows - first_row, end), begin)
-        self.r_rows = slice(first_row + begin, first_row + stop)
-        # A product of all columns is faster, if need be with rows of r that no pair uses, `lead` of them in front.
-        lead = max(first_row + pitch - group.inputs.rows, 0)
-        is_dense = stop - begin == columns and lead <= first_row
-        lead = lead if is_dense else 0
-        self._raw = raw[..., lead:]
-        self._shifted = raw.as_strided((b, h, t, n), (pitch, t * b * pitch, b * pitch - 1, 1), lead + t - 1)
-        self._band = self._raw[..., begin:stop]
-        self._hidden = (0, start), (end, columns)
-        self._without_row = (start, begin), (stop, end)
-        self._beside_keys = (0, t - 1), (n, end)
-        self.r = self.q_position = None
-        if group.r is not None:
-            lanes, _, width = group.r.shape
-            self.r = cut(group.r, ALL, self.r_rows)
-            self.q_position = cut(group.q_position, ALL, rows).reshape(lanes, -1, width)
-            self._factor, product = self.r, slice(begin, stop)
-            if is_dense:
-                self._factor, product = cut(group.r, ALL, slice(first_row - lead, first_row - lead + pitch)), ALL
-            self._product = raw.view(lanes, -1, pitch)[..., product]
+        self.position = group.shift(group, rows, keys)
         self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
 
     @property
@@ -238,20 +207,9 @@ class Tile:
         """What the weights that survive dropout are multiplied by."""
         return 1.0 if self._terms is None else self._terms.dropout_scale
 
-    def position_scores(self) -> Tensor:
-        """scale * (BD + r_bias), -inf where hidden: (b, h, t, n), a view that lasts until the group's next tile."""
-        self._fill(self._hidden, -torch.inf)
-        if self.r is not None:
-            torch.bmm(self.q_position, self._factor.mT, out=self._product)
-        if self.group.r_bias is not None:
-            bias = self.group.r_bias[..., self.r_rows]
-            self._band.copy_(bias) if self.r is None else self._band.add_(bias)
-        self._fill(self._without_row, 0.0)
-        return self._shifted
-
     def scores(self, keep_slope: bool = False) -> Tensor:
         """The scores with every term, -inf where hidden: (l, m, n)."""
-        scores = self.position_scores().contiguous()
+        scores = self.position.scores().contiguous()
         lanes = self.lanes(scores)
         torch.baddbmm(lanes, self.lanes(self.q_content), self.lanes(self.k).mT, out=lanes)
         if self._terms is not None:
@@ -266,24 +224,13 @@ class Tile:
     def drop(self, x: Tensor) -> Tensor:
         """x (l, m, n) with zeros where dropout strikes, in place."""
         if self.group.options.dropout_p:
-            self._terms.drop(x.view(self._shifted.shape))
+            self._terms.drop(x.view(self.shape))
         return x
 
     def through_terms(self, dscores: Tensor, totals: dict[str, Tensor]) -> None:
         """Terms.backward of dscores (l, m, n)."""
         if self._terms is not None:
-            self._terms.backward(dscores.view(self._shifted.shape), totals)
-
-    def to_raw(self, dscores: Tensor) -> Tensor:
-        """Moves dscores (l, m, n) into raw coordinates: (h, t * b, p), for the rows of r in the tile."""
-        self._fill(self._beside_keys, 0.0)
-        self._shifted.copy_(dscores.view(self._shifted.shape))
-        return self._band
-
-    def _fill(self, ranges: tuple[tuple[int, int], ...], value: float) -> None:
-        for start, stop in ranges:
-            if start < stop:
-                self._raw[..., start:stop].fill_(value)
+            self._terms.backward(dscores.view(self.shape), totals)
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,10 +248,6 @@ def _scaled_sum(queries: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     if bias is None:
         return torch.mul(queries, scale, out=result)
     return torch.add(queries, bias, out=result).mul_(scale)
-
-
-def _aligned(size: int) -> int:
-    return ALIGNMENT * ceil_div(max(size, 1), ALIGNMENT)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -12,7 +12,6 @@ from espnet.nets.pytorch_backend import nets_utils
 from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
-from txl_kernels.layer_steps import Positions, wrapped
 from txl_kernels.patching.padding import KeyPadding, key_padding, of_rows
 from txl_kernels.patching.replacement import Replacement
 
@@ -45,22 +44,19 @@ def _attend(
     is_legacy: bool,
 ) -> Tensor:
     q, k, v = self.forward_qkv(query, key, value)
-    S, q_pos = k.shape[2], None
+    S = k.shape[2]
     r = self.linear_pos(pos_emb).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
-    positions = Positions(r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v, None)
     if self.zero_triu:  # no position term for the future, as for any distance outside r
-        positions = positions._replace(r=positions.r[..., :S, :])
-    elif is_legacy:
-        q_pos, positions = wrapped(q, positions)
+        r = r[..., :S, :]
     visible = _visible(mask, q.shape[0])
     out = rel_attention(
-        *(q, k, v, positions.r, positions.content_bias, positions.position_bias),
+        *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
         attn_mask=visible.attn_mask,
         key_lengths=visible.key_lengths,
         dropout_p=self.dropout.p if self.dropout.training else 0.0,
         first_distance=S - 1 if self.zero_triu else None,
-        q_pos=q_pos,
+        wrap_future=is_legacy and not self.zero_triu,
     )
     self.attn = None  # the weights of an earlier call, which ESPnet plots
     return self.linear_out(out.transpose(1, 2).flatten(2))
