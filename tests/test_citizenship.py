@@ -24,6 +24,7 @@ COMBINATIONS = {
     "no position keys": ("bidirectional", "right window", "no r", "key mask"),
     "a band for each batch element": ("batched r", "band", "head mask"),
     "shared position keys": ("shared r", "key lengths"),
+    "a future that wraps": ("wrapped future", "key mask", "row bias"),
 }
 DROPOUT = 0.3
 

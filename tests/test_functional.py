@@ -226,6 +226,18 @@ BAD = {
     "scale that is no number": ({"scale": float("nan")}, ValueError, ("scale:", "finite", "got nan")),
     "first_distance beyond int64": ({"first_distance": 2**63}, ValueError, ("first_distance:", "64 bits", str(2**63))),
     "softcap is a string": ({"softcap": "50"}, TypeError, ("softcap:", "float", "str")),
+    "wrap_future is a number": ({"wrap_future": 1}, TypeError, ("wrap_future:", "bool", "int")),
+    "a future that wraps and is hidden": ({"wrap_future": True}, ValueError, ("wrap_future:", "False", "is_causal=True")),
+    "a future that wraps from elsewhere": (
+        {"wrap_future": True, "is_causal": False, "first_distance": S - 1},
+        ValueError,
+        ("first_distance:", "None", "wrap_future"),
+    ),
+    "a future that wraps with other rows": (
+        changed("r", H, S + T - 1, D) | {"wrap_future": True, "is_causal": False},
+        ValueError,
+        ("r:", f"P = S = {S}", f"got {S + T - 1}"),
+    ),
     "unknown backend": ({"backend": "cuda"}, ValueError, ("backend:", "'triton'", "'torch'", "'cuda'")),
     "triton for CPU tensors": ({"backend": "triton"}, ValueError, ("backend:", "CUDA", "TRITON_INTERPRET", "cpu")),
 }
@@ -248,6 +260,13 @@ def test_head_size_over_256():
 
 def test_head_size_256():
     assert rel_attention(**make_inputs(1, 1, 2, 0, 256)).shape == (1, 1, 2, 256)
+
+
+def test_a_future_that_wraps_in_a_window_takes_half_the_head_size():
+    inputs = make_inputs(1, 1, 2, 1, 129) | {"is_causal": False, "wrap_future": True}
+    with pytest.raises(ValueError, match="^wrap_future: .*at most 128 numbers, got 129"):
+        rel_attention(**inputs, window=(-1, 1))
+    assert rel_attention(**inputs).shape == (1, 1, 2, 129)
 
 
 def test_bidirectional_needs_the_negative_distances():

@@ -75,7 +75,7 @@ def one_piece(inputs: Inputs, options: Options, for_backward: bool = False) -> O
     (B, H, T, _), S, (left, right) = q.shape, inputs.k.shape[2], options[:2]
     if q.device.type != "cpu" or r is None or r.shape[0] > 1 or inputs.r_bias is not None or needed(inputs, options):
         return None
-    if options.wrap_future or inputs.key_lengths is not None or q.dtype != product_dtype(inputs, options):
+    if inputs.key_lengths is not None or q.dtype != product_dtype(inputs, options):
         return None
     small = T <= 2 * tiles.MAX_ROWS and B * H * T * S <= tiles.TILE_SCORES and q.dtype is not torch.bfloat16
     if T > 1 and (not small or 0 <= left < S - 1):
