@@ -47,20 +47,21 @@ def rel_attention_eager(
     (H, T, D), S = q.shape[1:], k.shape[2]
     scale = 1 / math.sqrt(D) if scale is None else scale
     first_distance = S - 1 if first_distance is None else first_distance
+    only_past = is_causal or wrap_future  # of distances that have a row
     if k.shape[1] != H:
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
 
     q_content = q if content_bias is None else q + content_bias[:, None].to(q.dtype)
     score = torch.einsum("bhid,bhjd->bhij", q_content, k)
     if r is not None:
-        r = _rows_for_shift(r, T, S, is_causal or wrap_future, first_distance)
+        r = _rows_for_shift(r, T, S, only_past, first_distance)
         q_position = q if position_bias is None else q + position_bias[:, None].to(q.dtype)
         bd = torch.einsum(
             "bhid,hpd->bhip" if r.ndim == 3 else "bhid,bhpd->bhip", q_position if q_pos is None else q_pos, r
         )
         score = score + rel_shift(bd)[..., :S]
     if r_bias is not None:
-        rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, is_causal or wrap_future, first_distance)[..., 0]
+        rows = _rows_for_shift(r_bias[..., None].to(score.dtype), T, S, only_past, first_distance)[..., 0]
         score = score + rel_shift(rows[None, :, None].expand(1, H, T, -1))[..., :S]
     if segment is not None:
         scores, q_ids, k_ids = segment
@@ -138,9 +139,9 @@ def rel_shift(x: Tensor) -> Tensor:
     return padded.view(B, H, N + 1, T)[:, :, 1:].view(B, H, T, N)
 
 
-def _rows_for_shift(r: Tensor, T: int, S: int, is_causal: bool, first_distance: int) -> Tensor:
-    """The rows of r (..., P, D) for distances S-1 ... 0 (causal) or S-1 ... -(T-1), zero where r has none."""
-    rows = S if is_causal else S + T - 1
+def _rows_for_shift(r: Tensor, T: int, S: int, only_past: bool, first_distance: int) -> Tensor:
+    """The rows of r (..., P, D) for distances S-1 ... 0 (only past) or S-1 ... -(T-1), zero where r has none."""
+    rows = S if only_past else S + T - 1
     missing = S - 1 - first_distance  # rows that r lacks in front; negative: rows to skip
     if missing == 0 and r.shape[-2] == rows:
         return r

@@ -227,7 +227,7 @@ BAD = {
     "first_distance beyond int64": ({"first_distance": 2**63}, ValueError, ("first_distance:", "64 bits", str(2**63))),
     "softcap is a string": ({"softcap": "50"}, TypeError, ("softcap:", "float", "str")),
     "wrap_future is a number": ({"wrap_future": 1}, TypeError, ("wrap_future:", "bool", "int")),
-    "a future that wraps and is hidden": ({"wrap_future": True}, ValueError, ("wrap_future:", "False", "is_causal=True")),
+    "a hidden future that wraps": ({"wrap_future": True}, ValueError, ("wrap_future:", "False", "is_causal=True")),
     "a future that wraps from elsewhere": (
         {"wrap_future": True, "is_causal": False, "first_distance": S - 1},
         ValueError,
@@ -264,7 +264,7 @@ def test_head_size_256():
 
 def test_a_future_that_wraps_in_a_window_takes_half_the_head_size():
     inputs = make_inputs(1, 1, 2, 1, 129) | {"is_causal": False, "wrap_future": True}
-    with pytest.raises(ValueError, match="^wrap_future: .*at most 128 numbers, got 129"):
+    with pytest.raises(ValueError, match=r"^wrap_future: .*at most 128 numbers, got 129"):
         rel_attention(**inputs, window=(-1, 1))
     assert rel_attention(**inputs).shape == (1, 1, 2, 129)
 
