@@ -184,34 +184,38 @@ def test_compiled_and_checkpointed(model, x):
     assert model[0].r.grad is not None
 
 
+@pytest.fixture
+def process_group():
+    """Of this process alone. What a test wraps in it is freed before it is destroyed: else both may wait forever."""
+    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no distributed package")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_distributed_wrappers(model, x, patched_first, wrapper):
+def test_distributed_wrappers(process_group, model, x, patched_first, wrapper):
     """One process is enough to see that classes derived here and there get along."""
-    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no distributed package")
     wanted = model(x)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        if patched_first:
-            txl_kernels.patch(model, strict=True)
-        if wrapper == "ddp":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            mesh = torch.distributed.init_device_mesh("cpu", (1,))
-            fsdp.fully_shard(model[0], mesh=mesh)
-        if not patched_first:
-            txl_kernels.patch(model, strict=True)
-        calls.clear()
-        out = model(x)
-        assert len(calls) == 1
-        assert_alike("out", out, wanted, 1e-6)
-        out.sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-        if wrapper == "fsdp" and patched_first:
-            with pytest.raises(PatchError, match="model: expected 0 as patch left it, got a class of FSDPModule"):
-                txl_kernels.unpatch(model)
-        else:
+    if patched_first:
+        txl_kernels.patch(model, strict=True)
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
+    if not patched_first:
+        txl_kernels.patch(model, strict=True)
+    calls.clear()
+    out = model(x)
+    assert len(calls) == 1
+    assert_alike("out", out, wanted, 1e-6)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    if wrapper == "fsdp" and patched_first:
+        with pytest.raises(PatchError, match="model: expected 0 as patch left it, got a class of FSDPModule"):
             txl_kernels.unpatch(model)
-            assert is_fused(model, x) is False
-    finally:
-        torch.distributed.destroy_process_group()
+    else:
+        txl_kernels.unpatch(model)
+        assert is_fused(model, x) is False
