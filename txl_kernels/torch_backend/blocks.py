@@ -95,10 +95,11 @@ def parts(inputs: Inputs, options: Options) -> list[Part]:
     if by_batch or has_places:
         return []
     first = max(left - memory, 0)  # the first query whose window reaches no further than key 0
-    blocks = max(T - right - first, 0) // ROWS
+    last = T - right  # and the first one whose window reaches beyond the last key
+    blocks = max(last - first, 0) // ROWS
     if blocks < 2:
         return []
-    last = first + blocks * ROWS
+    first = last - blocks * ROWS
 
     def part(start: int, stop: int, blocks: int = 1) -> Part:
         keys = slice(max(start + memory - left, 0), min(stop + memory + right, S))
