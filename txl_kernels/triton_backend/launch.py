@@ -125,6 +125,7 @@ class _Call:
         # What a descriptor cannot do, beside rows not aligned: repeat some, have none, r by batch element alone.
         plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in (q, k, v, r, q_pos, *others) if x is not None)
         self.describable = self.aligned and plain
+        self._descriptors: dict[tuple[str, int], TensorDescriptor] = {}
         if r is not None:
             self.describable &= self.r_rows > 0 and (len(r) == 1 or r.shape[1] == self.H)
         self.arguments = {
@@ -163,17 +164,24 @@ class _Call:
             blocks = dict.fromkeys(("q", "q_pos", "do"), row.block_m) | dict.fromkeys(("k", "v"), row.block_n)
             for name, block in blocks.items():
                 if (x := arguments.get(f"{name}_ptr")) is not None:
-                    arguments[f"{name}_ptr"] = _descriptor(x, block)
+                    arguments[f"{name}_ptr"] = self._descriptor(name, x, block)
             if self.r is not None:
-                arguments["r_ptr"] = self._r_descriptor(row.block_n)
+                arguments["r_ptr"] = self._descriptor("r", self._rows_of_r(), row.block_n)
         return arguments
 
-    def _r_descriptor(self, block: int) -> TensorDescriptor:
-        """Of the rows of r that are read, without the dimensions that batch elements or heads share."""
+    def _descriptor(self, name: str, x: Tensor, block: int) -> TensorDescriptor:
+        """x (..., rows, D) by tiles of so many rows; passes with the same tiles share it."""
+        if (name, block) not in self._descriptors:
+            tile = [1] * (x.dim() - 2) + [block, _padded(x.shape[-1])]
+            self._descriptors[name, block] = TensorDescriptor(x, x.shape, x.stride(), tile)
+        return self._descriptors[name, block]
+
+    def _rows_of_r(self) -> Tensor:
+        """Those that are read, without the dimensions that batch elements or heads share."""
         r = self.inputs.r[:, :, : self.r_rows]
-        if len(r) == 1:
-            r = r[0, 0] if r.shape[1] == 1 else r[0]
-        return _descriptor(r, block)
+        if len(r) > 1:
+            return r
+        return r[0, 0] if r.shape[1] == 1 else r[0]
 
     def tiling(self, kernel: str) -> dict[str, int]:
         row = self.row(kernel)
@@ -347,11 +355,6 @@ def _strided(pointer: str, stride: str, dimensions: str, x: Tensor | None) -> di
     """A tensor and its strides by dimension under the names of the kernels' arguments; zeros for None."""
     strides = {f"stride_{stride}{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dimensions)}
     return {f"{pointer}_ptr": x, **strides}
-
-
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """x (..., rows, D) by tiles of so many rows."""
-    return TensorDescriptor(x, x.shape, x.stride(), [1] * (x.dim() - 2) + [block, _padded(x.shape[-1])])
 
 
 def _is_aligned(x: Tensor) -> bool:
