@@ -179,8 +179,8 @@ def _scores_of_one(queries: Tensor, keys: Tensor) -> Tensor:
         return torch.matmul(keys, queries.mT).mT
     blocks = queries.new_zeros((b, h, m, h, D))
     blocks.diagonal(0, 1, 3).copy_(queries.movedim(1, -1))
+    blocks, rows = blocks.view(b, h * m, h * D), keys.transpose(1, 2).flatten(2)
     scores = queries.new_empty((b, h, m, keys.shape[2]))
-    products = blocks.view(b, h * m, h * D), keys.transpose(1, 2).flatten(2), scores.flatten(1, 2)
-    for x, y, product in zip(*products, strict=True):
-        torch.mm(x, y.mT, out=product)
+    for i in range(b):
+        torch.mm(blocks[i], rows[i].mT, out=scores[i].view(h * m, -1))
     return scores
