@@ -5,8 +5,8 @@ from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend import blocks, one_piece
-from txl_kernels.torch_backend.terms import cut, part
-from txl_kernels.torch_backend.tiles import ALL, Tile, cast, groups, spans, sum_dtype
+from txl_kernels.torch_backend.terms import ALL, cut, part
+from txl_kernels.torch_backend.tiles import Tile, cast, groups, spans, sum_dtype
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 

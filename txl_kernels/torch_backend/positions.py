@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from txl_kernels.torch_backend.terms import cut
+from txl_kernels.torch_backend.terms import ALL, cut
 
 if TYPE_CHECKING:
     from txl_kernels.torch_backend.tiles import Group
 
 # Products into rows of a multiple of this many elements are up to a third faster.
 ALIGNMENT = 16
-
-_ALL = slice(None)
 
 
 class Band:
@@ -37,7 +35,7 @@ class Band:
     """
 
     @staticmethod
-    def size(b: int, h: int, t: int, n: int, n_keys: int) -> int:
+    def size(b: int, h: int, t: int, n: int, S: int) -> int:
         """How many raw elements a tile has."""
         return b * h * t * _aligned(n + t - 1)
 
@@ -71,11 +69,11 @@ class Band:
         self.r = self.queries = None
         if group.r is not None:
             lanes, _, width = group.r.shape
-            self.r = cut(group.r, _ALL, self.r_rows)
-            self.queries = cut(group.q_position, _ALL, rows).reshape(lanes, -1, width)
+            self.r = cut(group.r, ALL, self.r_rows)
+            self.queries = cut(group.q_position, ALL, rows).reshape(lanes, -1, width)
             self._factor, product = self.r, slice(begin, stop)
             if is_dense:
-                self._factor, product = cut(group.r, _ALL, slice(first_row - lead, first_row - lead + pitch)), _ALL
+                self._factor, product = cut(group.r, ALL, slice(first_row - lead, first_row - lead + pitch)), ALL
             self._product = raw.view(lanes, -1, pitch)[..., product]
         if group.r_bias is not None:
             self._bias = group.r_bias[..., self.r_rows]
@@ -112,8 +110,8 @@ class Wrapped:
     """
 
     @staticmethod
-    def size(b: int, h: int, t: int, n: int, n_keys: int) -> int:
-        return b * h * (t + 1) * (n_keys + 1)
+    def size(b: int, h: int, t: int, n: int, S: int) -> int:
+        return b * h * (t + 1) * (S + 1)
 
     def __init__(self, group: "Group", rows: slice, keys: slice) -> None:
         (h, T, b, _), S = group.q_content.shape, group.inputs.rows
@@ -129,7 +127,7 @@ class Wrapped:
         if group.r is not None:
             n_tables, _, width = group.r.shape
             self.r, self._factor = group.r[:, 1:], group.r
-            self.queries = cut(group.q_position, _ALL, needed).transpose(1, 2).reshape(n_tables, -1, width)
+            self.queries = cut(group.q_position, ALL, needed).transpose(1, 2).reshape(n_tables, -1, width)
             self._product = self._raw.view(n_tables, -1, S + 1)
 
     def scores(self) -> Tensor:

@@ -6,6 +6,8 @@ from torch import Tensor
 from txl_kernels import dropout
 from txl_kernels.arguments import Inputs, Options
 
+ALL = slice(None)
+
 
 class Terms:
     """The optional terms of one tile; slices say which batches, heads, query rows and keys it holds.

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import terms
 from txl_kernels.torch_backend.positions import Band, Wrapped
-from txl_kernels.torch_backend.terms import Terms, cut, part
+from txl_kernels.torch_backend.terms import ALL, Terms, cut, part
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
 # smaller ones starve the matrix products. bfloat16, half the size, gets tiles of twice the rows and scores.
@@ -31,8 +31,6 @@ MAX_ROWS = 128
 # From this many queries on, three large products beat PyTorch's fused CPU attention and copies of k and v are
 # cheap.
 MANY_ROWS = 64
-
-ALL = slice(None)
 
 
 class Plan(NamedTuple):
