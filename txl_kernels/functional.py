@@ -130,7 +130,7 @@ def rel_attention(
         check_backend(backend, q, _TRITON_INSTALLED, _TRITON_DTYPES)
     left, right = (-1, -1) if window is None else window
     if wrap_future and (backend != "torch" or max(left, right) >= 0):
-        check_unwrapped_width(q if q_pos is None else q_pos)
+        check_unwrapped_width(r)
         q_pos, r, r_bias = unwrapped(q, r, position_bias, q_pos, r_bias)
         position_bias, wrap_future = None, False
     # Drawn on the device and never read on the host, which would keep a GPU waiting and break graph capture.

@@ -87,12 +87,12 @@ def check_inputs(
         _check_int("first_distance", first_distance)
 
 
-def check_unwrapped_width(position_query: Tensor) -> None:
-    """Raises where `wrap_future` cannot be had by a position query of twice the width."""
-    if position_query.shape[3] > MAX_HEAD_SIZE // 2:
+def check_unwrapped_width(r: Tensor | None) -> None:
+    """Raises where `wrap_future` cannot be had by an r of twice the width."""
+    if r is not None and r.shape[-1] > MAX_HEAD_SIZE // 2:
         raise ValueError(
-            f"wrap_future: on Triton or with a window, expected position queries of at most {MAX_HEAD_SIZE // 2} "
-            f"numbers, got {position_query.shape[3]}"
+            f"wrap_future: on Triton or with a window, expected r of a width of at most {MAX_HEAD_SIZE // 2}, "
+            f"got {r.shape[-1]}"
         )
 
 

@@ -19,7 +19,7 @@ def unwrapped(
         Dr = r.shape[-1]
         if q_pos is None:
             q_pos = q if position_bias is None else (q + position_bias[:, None]).to(q.dtype)
-        q_pos = torch.cat([q_pos, pad(q_pos[:, :, 1:], (0, 0, 0, 1))], dim=-1)
+        q_pos = torch.cat([q_pos, pad(q_pos, (0, 0, 0, 1))[:, :, 1:]], dim=-1)
         r = torch.cat([pad(r, (0, Dr, 0, 1)), pad(r[..., :T, :], (Dr, 0))], dim=-2)
     if r_bias is not None:
         r_bias = torch.cat([pad(r_bias, (0, 1)), r_bias[:, :T]], dim=1)
