@@ -52,6 +52,9 @@ def test_features(features, window, dtype):
 def test_sizes(T, M):
     inputs, options = make_problem(set(), 1, 2, T=T, M=M, D=4, dtype=torch.float64)
     assert any(cut_into(inputs, **options, window=(12, 0))) == (32 + max(12 - M, 0) <= T)
+    # Queries that fill no block stand in front: behind a causal window there are none.
+    behind = blocks.parts(*backend_call(inputs, **options, window=(12, 0)))[1:]
+    assert all((part.rows.stop - part.rows.start) % blocks.ROWS == 0 for part in behind)
     assert_right(inputs, **options, window=(12, 0))
 
 

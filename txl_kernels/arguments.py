@@ -69,7 +69,7 @@ class Options(NamedTuple):
         first_distance: the distance of row 0 of r and r_bias.
         softcap: bound on the scaled scores, or None.
         dropout_p: probability with which a normalised attention weight is dropped.
-        wrap_future: as in `rel_attention`; only for the torch backend, with S rows of r and no window.
+        wrap_future: as in `rel_attention`, which sets it for the torch backend alone, with S rows of r and no window.
     """
 
     left: int

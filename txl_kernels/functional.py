@@ -90,7 +90,8 @@ def rel_attention(
         wrap_future: The rel-shift of the original code and of ESPnet's legacy attention, which pads a column of zeros
             and reads on from row to row. With ``is_causal=False`` and P = S rows of r, the next key (distance -1) has
             no position term and one farther ahead that of the next query, (q_{i+1} + v') . r[-2 - distance], with
-            r_bias likewise. Not with first_distance. On Triton and with a window r gets twice the width.
+            r_bias likewise. Not with first_distance. On Triton and with a window r gets twice the width (Dr at most
+            128), and what is not finite in a query reaches the one before it.
         return_lse: Also return the row log-sum-exp.
         backend: None chooses "triton" for CUDA or HIP tensors of float16, bfloat16 or float32 where Triton is
             installed, else "torch", which takes any device and dtype. An explicit choice never falls back.

@@ -70,9 +70,9 @@ def check_inputs(
     rows = table.shape[-1] if r is None else table.shape[-2]
     if wrap_future:
         if is_causal:
-            raise ValueError("wrap_future: expected False with is_causal=True, which hides the future")
+            raise ValueError("wrap_future: expected False with is_causal=True, which hides the future, got True")
         if first_distance is not None:
-            raise ValueError("first_distance: expected None with wrap_future, which starts at S - 1")
+            raise ValueError(f"first_distance: expected None with wrap_future, got {first_distance}")
         if rows != kv_len:
             raise ValueError(f"{name}: expected P = S = {kv_len} rows with wrap_future, got {rows}")
     elif first_distance is None:

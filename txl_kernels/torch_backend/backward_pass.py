@@ -45,7 +45,8 @@ def backward(
         return [grads.get(name) for name in DIFFERENTIABLE]
     T, S = inputs.q.shape[2], inputs.k.shape[2]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale
-    # q, q_pos, k and v are done with one group; what several add to stays in the dtype of sums until the end.
+    # q, q_pos, k and v are done with one group, queries but for the next tile's first (`wrap_future`) with one tile;
+    # what several groups add to stays in the dtype of sums until the end.
     own = {name: torch.empty_like(x) for name, x in wanted.items() if name in ("q", "k", "v", "q_pos")}
     totals = {name: x.new_zeros(x.shape, dtype=dtype) for name, x in wanted.items() if name not in own}
     only_v = wanted.keys() == {"v"}

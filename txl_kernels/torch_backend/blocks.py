@@ -1,8 +1,9 @@
 """Narrow windows: blocks of a few queries, each with the keys in its reach, as the batch of one small problem.
 
 A tile as high as products like would multiply mostly pairs that a narrow window hides. A block of t queries has
-left + t + right keys. The first queries, whose windows reach before the first key, and the last are problems of their
-own. Every distance between a query and a key stays what it is.
+left + t + right keys. The first queries, whose windows reach before the first key and which make up for the size of
+blocks, and the last, whose windows reach beyond the last key, are problems of their own. Every distance between a query
+and a key stays what it is.
 """
 
 from collections.abc import Callable
@@ -94,9 +95,9 @@ def parts(inputs: Inputs, options: Options) -> list[Part]:
     has_places = inputs.attn_mask is not None or inputs.segment_scores is not None or options.dropout_p > 0
     if by_batch or has_places:
         return []
-    first = max(left - memory, 0)  # the first query whose window reaches no further than key 0
-    last = T - right  # and the first one whose window reaches beyond the last key
-    blocks = max(last - first, 0) // ROWS
+    last = T - right  # the first query whose window reaches beyond the last key
+    # The windows of the first left - memory queries reach further than key 0.
+    blocks = max(last - max(left - memory, 0), 0) // ROWS
     if blocks < 2:
         return []
     first = last - blocks * ROWS

@@ -2,7 +2,7 @@
 
 One query (generation) of any length of memory, or so few that one tile would hold all scores. Only the right edge of
 the window, and for one query the left, may hide keys, so that every query has a key; each key in use has a row of r,
-shared by the batch. Raw coordinates are those of tiles.py.
+shared by the batch (a future that wraps has too few). Raw coordinates are those of positions.py.
 """
 
 import torch

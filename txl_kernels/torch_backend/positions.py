@@ -103,7 +103,7 @@ class Band:
 
 
 class Wrapped:
-    """All rows of r, read on from query to query (`wrap_future`): the tile needs the queries that follow its own, too.
+    """All rows of r, read on from query to query (`wrap_future`): the tile needs the query behind its own, too.
 
     Raw rows are a zero and the products with all S rows of r. Read without a gap from T - i on, where i is the first
     query of the tile, they are the scores of its queries, S each.
@@ -111,6 +111,7 @@ class Wrapped:
 
     @staticmethod
     def size(b: int, h: int, t: int, n: int, S: int) -> int:
+        """As in `Band`; lengths and windows leave out none of the S rows of r."""
         return b * h * (t + 1) * (S + 1)
 
     def __init__(self, group: "Group", rows: slice, keys: slice) -> None:

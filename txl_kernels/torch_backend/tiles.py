@@ -122,8 +122,8 @@ class Group:
         dtype: of products and scores.
         n_keys: the number of keys that some lane has.
         k, v: (b, hk, n_keys, D); views where the inputs have that dtype and few queries use them.
-        r: (1|h, P, Dr), or None; with a row of zeros in front where the shift wraps, as r_bias.
-        r_bias: scale * r_bias, (h, 1, P), or None.
+        r: (1|h, P, Dr), or None.
+        r_bias: scale * r_bias, (h, 1, P), or None. Both have a zero in front, P + 1 rows, where the shift wraps.
         shift: the rel-shift of its tiles.
         q_content, q_position: scale * (q + bias), (h, T, b, D): any of their rows flatten to (h, rows * b, D).
         may_be_dead: whether a query may see no key of a tile that has some.
@@ -178,6 +178,7 @@ class Tile:
         group: whose tile this is.
         where: the slices of batches, heads and queries.
         keys: the slice of keys, n of them.
+        shape: (b, h, t, n).
         k, v: those keys and values, (b, hk, n, D).
         q_content: (b, h, t, D).
         position: its position term.
