@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from reference.eager import rel_attention_eager
@@ -270,7 +270,7 @@ def test_operators_pass_opcheck(name, use_tiles):
     leaves = [None if inputs.get(n) is None else inputs[n].clone().requires_grad_() for n in INPUT_NAMES]
     if "attn_mask" in options:
         leaves[8] = options["attn_mask"]
-    numbers = (-1, 0, 0.25, 7, options.get("softcap"), 0.2)
+    numbers = (-1, 0, 0.25, 7, options.get("softcap"), 0.2, False)
     call = (*leaves, *ids, options.get("key_lengths"), torch.tensor(3), *numbers, "triton")
     operator = torch.ops.txl_kernels.rel_attention.default
     assert set(torch.library.opcheck(operator, call).values()) == {"SUCCESS"}
@@ -291,8 +291,10 @@ INPUT_NAMES = (
 def random_problem(data):
     features = data.draw(st.sets(st.sampled_from(FEATURES), max_size=6).filter(compatible))
     T, M = data.draw(st.integers(1, 36)), data.draw(st.integers(0, 36))
-    sizes = {"B": data.draw(st.integers(1, 3)), "H": data.draw(st.sampled_from([1, 2, 4])), "T": T, "M": M}
-    sizes |= {"D": data.draw(st.integers(1, 20)), "layout": data.draw(st.sampled_from(["bhtd", "tbhd"]))}
+    B, H, D = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 20))
+    # The largest error of the reference is a yardstick only where results have a few numbers.
+    assume(B * H * T >= 8 and H * min(D, M + T) >= 8)
+    sizes = {"B": B, "H": H, "T": T, "M": M, "D": D, "layout": data.draw(st.sampled_from(["bhtd", "tbhd"]))}
     tile = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 32)]))
     return features, sizes, tile
 
