@@ -130,3 +130,12 @@ def test_hidden_keys_are_not_multiplied():
     assert work(inputs, window=(127, 0)) < 0.25 * work(inputs)
     inputs = make_inputs(2, 1, 512, 0, 4, is_causal=False)
     assert work(inputs, is_causal=False, key_lengths=torch.tensor([256, 256])) < 0.65 * work(inputs, is_causal=False)
+
+
+def test_short_sequences_of_a_future_that_wraps_take_no_more_than_a_tile():
+    """Raw rows hold all rows of r, however few keys there are."""
+    inputs, options = make_problem({"wrapped future"}, 16, 2, T=600, M=0, D=2)
+    tensors, numbers = backend_call(inputs, **options, key_lengths=torch.full((16,), 3))
+    with LargestResult() as seen:
+        forward(tensors, numbers)
+    assert seen.largest <= 4 * tiles.TILE_SCORES * 1.02  # a query and a column more

@@ -79,7 +79,8 @@ def groups(inputs: Inputs, options: Options) -> Iterator["Group"]:
     window = options.left + options.right if min(options.left, options.right) >= 0 else None
     for (n, _), run in groupby(range(B), key=lambda b: (n_keys[b], alone and b)):
         run = list(run)
-        size = plan(len(run), H, T, n, H // Hk, window, product_dtype(inputs, options) is torch.bfloat16)
+        n_columns = S if options.wrap_future else n  # a shift that wraps multiplies with all rows of r
+        size = plan(len(run), H, T, n_columns, H // Hk, window, product_dtype(inputs, options) is torch.bfloat16)
         for heads in spans(H, size.heads):
             for part_of_run in spans(len(run), size.batches):
                 batches = slice(run[0] + part_of_run.start, run[0] + part_of_run.stop)
