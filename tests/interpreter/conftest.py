@@ -1,16 +1,28 @@
 """Fixtures of the interpreter tests: small tiles, poisoned allocations and checked accesses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from txl_kernels.triton_backend import launch
 from txl_kernels.triton_backend.launch_table import Launch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_patched_once() -> Iterator[None]:
+    """Triton's interpreter looks through all of triton.language anew for each call of each function of a kernel."""
+    patch_language = interpreter._patch_lang
+    scope = patch_language(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
+    yield
+    interpreter._patch_lang = patch_language
+    scope.restore()
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
