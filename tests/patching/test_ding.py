@@ -84,11 +84,22 @@ def test_other_masks():
     assert all(gradient.isfinite().all() for gradient in got.gradients.values())
 
 
-@pytest.mark.parametrize("mask", [None, torch.zeros(5, 11, 1, dtype=torch.bool)])
-def test_the_future_comes_from_its_own_method(mask):
-    inputs = attention_inputs(5, 6)
-    run = lambda model: model(**inputs, mask=mask)  # noqa: E731
-    assert_own_method(make_attention(), run, "AttentionXL: a mask that shows the future")
+@pytest.mark.parametrize("M", [6, 0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_visible_future(M, masked, monkeypatch):
+    """Its distances wrap around; a mask may hide some of it."""
+    monkeypatch.setattr("txl_kernels.patching.families.ding.warn_own", None)
+    mask = None
+    if masked:
+        mask = torch.zeros(5, M + 5, 2, dtype=torch.bool)
+        mask[1, 2:4] = mask[3, -1, 0] = True
+    assert_same_when_patched(make_attention(), lambda m, **x: m(**x, mask=mask), attention_inputs(5, M))
+
+
+def test_a_visible_future_with_wide_heads_comes_from_its_own_method():
+    model, inputs = randomized(ding.AttentionXL(C, 129, 1, torch.nn.Identity())), attention_inputs(5, 6)
+    inputs |= {"u": torch.randn(1, 129), "v": torch.randn(1, 129)}
+    assert_own_method(model, lambda model: model(**inputs), "AttentionXL: a head size above 128")
 
 
 def test_a_window():
