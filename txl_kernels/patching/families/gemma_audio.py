@@ -24,7 +24,7 @@ def gemma3n_attention(self: nn.Module, original, hidden_states: Tensor, mask: Te
         warn_own(self, "a mask that is not bool")
         return original(hidden_states, mask)
     q, k, v = _heads(self, hidden_states)
-    q = q * self.q_scale * nn.functional.softplus(self.per_dim_scale)
+    q = q * (self.q_scale * nn.functional.softplus(self.per_dim_scale))
     L, R = self.max_past_horizon, self.max_future_horizon
     positions = self.relative_position_embedding
     distances = torch.arange(L, -R - 1, -1, device=q.device)[None]
@@ -47,7 +47,7 @@ def gemma4_attention(
         warn_own(self, "a mask in blocks")
         return original(hidden_states, position_embeddings, attention_mask)
     q, k, v = (x.float() for x in _heads(self, hidden_states))
-    q = q * self.q_scale * nn.functional.softplus(self.per_dim_scale)
+    q = q * (self.q_scale * nn.functional.softplus(self.per_dim_scale))
     r = self.relative_k_proj(position_embeddings).to(q.dtype)
     # its mask leaves out the farthest distance on each side
     window = (self.max_past_horizon - 1, max(self.max_future_horizon - 1, 0))
