@@ -61,5 +61,6 @@ REPLACEMENTS = {
         ("inputs", "pos_embedding", "full_input", "u", "v", "mask"),
         check=_obstacle,
         own="masks that show the future",
+        head_size="head_dim",
     ),
 }

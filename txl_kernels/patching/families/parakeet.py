@@ -94,6 +94,7 @@ REPLACEMENTS = {
         attention,
         ("hidden_states", "position_embeddings", "attention_mask", "kwargs"),
         own="attention weights",
+        head_size="head_dim",
     ),
     "ParakeetEncoder": Replacement(
         "forward", encoder, ("input_features", "attention_mask", "output_attention_mask", "kwargs")

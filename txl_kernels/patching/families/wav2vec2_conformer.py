@@ -126,6 +126,7 @@ _ATTENTION = Replacement(
     check=_check,
     applies=_applies,
     own="attention weights",
+    head_size="head_size",
 )
 _ENCODER = Replacement(
     "forward", encoder, ("hidden_states", "attention_mask", "kwargs"), check=_check_encoder, applies=_applies

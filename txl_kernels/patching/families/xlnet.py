@@ -201,6 +201,7 @@ REPLACEMENTS = {
         attention,
         ("q_head", "k_head_h", "v_head_h", "k_head_r", "seg_mat", "attn_mask", "output_attentions"),
         own="attention weights, one-hot segments",
+        head_size="d_head",
     ),
     "XLNetModel": Replacement(
         "forward",
