@@ -177,3 +177,9 @@ def test_a_model_on_the_encoder():
 def test_wide_heads():
     model = make_encoder(num_attention_heads=1, head_dim=257)
     assert_too_wide(model, lambda m: states(m, **batch()), "head_dim")
+
+
+def test_one_mask_for_all_sequences():
+    model, inputs = make_encoder(), batch()
+    inputs["attention_mask"] = inputs["attention_mask"][1:2]
+    assert_same_when_patched(model, states, inputs, valid_frames(model, inputs))

@@ -281,3 +281,11 @@ def test_wide_heads(family):
     heads = "speech_encoder_attention_heads" if family == "SeamlessM4T" else "num_attention_heads"
     model = make_model(family, hidden_size=272, **{heads: 1})
     assert_too_wide(model, lambda m: states(m, **batch(family)), "head_size")
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2Bert", "SeamlessM4T"])
+def test_one_mask_for_all_sequences(family):
+    """Without padding: their own code refuses others."""
+    inputs = batch(family)
+    inputs["attention_mask"] = inputs["attention_mask"][:1]
+    assert_same_when_patched(make_model(family), states, inputs)
