@@ -27,6 +27,7 @@ from txl_kernels.models import MemTransformerLM, MultiHeadAttn, ProjectedAdaptiv
         ({"d_model": 11}, ValueError, r"demb: expected an even width .*, got 11"),
         ({"n_layer": 0}, ValueError, r"n_layer: expected an int >= 1, got 0"),
         ({"d_inner": 2.0}, ValueError, r"d_inner: expected an int >= 1, got 2\.0"),
+        ({"n_head": "4"}, ValueError, r"n_head: expected an int >= 1, got '4'"),
         ({"tgt_len": None}, ValueError, r"tgt_len: expected an int >= 1, got None"),
         ({"mem_len": -1}, ValueError, r"mem_len: expected an int >= 0, got -1"),
         ({"same_length": "false"}, ValueError, r"same_length: expected a bool, got 'false'"),

@@ -13,6 +13,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
 )
@@ -213,3 +214,10 @@ def test_compiled_in_one_graph(kind):
     model.attn = None
     got = attended(torch.compile(copied(model), fullgraph=True, backend="aot_eager"), mask=mask, **inputs)
     assert_alike("states", got, wanted, 3e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_heads(kind):
+    attention, x = KINDS[kind](1, 257, 0.0), torch.randn(2, 9, 257)
+    positions = torch.randn(1, 9 if kind == "legacy" else 17, 257)
+    assert_too_wide(attention, lambda m: m(x, x, x, positions, None), "d_k")

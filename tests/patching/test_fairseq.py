@@ -18,6 +18,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
     results,
@@ -150,3 +151,9 @@ def test_nothing_quadratic_is_made():
         return lambda: run_encoder(model, x, (2 * T, T)).sum().backward()
 
     assert_nothing_quadratic(model, step, 500)
+
+
+def test_wide_heads():
+    attention = fairseq.RelPositionMultiHeadedAttention(257, 1, 0.0)
+    x, positions = torch.randn(9, 2, 257), torch.randn(17, 1, 257)
+    assert_too_wide(attention, lambda m: m(x, x, x, positions)[0], "d_k")

@@ -12,6 +12,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
     training,
@@ -184,3 +185,8 @@ def test_compiled_in_one_graph():
     wanted = encoded(model, x, mask)
     got = encoded(torch.compile(copied(model), fullgraph=True, backend="aot_eager"), x, mask)
     assert_alike("states", got, wanted, 3e-5)
+
+
+def test_wide_heads():
+    decoder, mask = make_model(hidden_size=272, decoder_num_attention_heads=1).decoder, words()[1][:, None]
+    assert_too_wide(decoder, lambda m: encoded(m, torch.ones(3, 30, 272), mask), "head_dim")

@@ -13,6 +13,7 @@ from tests.patching.tools import (
     assert_reads_once,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
     states_and_weights,
@@ -202,3 +203,12 @@ def test_compiled_in_one_graph(family):
         run = lambda m: m(features, valid).last_hidden_state  # noqa: E731
     wanted = run(model)
     assert_alike("states", run(torch.compile(copied(model), fullgraph=True, backend="aot_eager")), wanted, 3e-5)
+
+
+def test_wide_heads():
+    config, (features, valid) = config3n(), batch()
+    config.hidden_size, config.conf_num_attention_heads = 272, 1
+    encoder = make(gemma3n.Gemma3nAudioEncoder, config)
+    assert_too_wide(encoder, lambda m: m(features, ~valid).last_hidden_state, "head_dim")
+    encoder = make(gemma4.Gemma4AudioModel, config4(hidden_size=272, num_attention_heads=1))
+    assert_too_wide(encoder, lambda m: m(features, valid).last_hidden_state, "head_dim")

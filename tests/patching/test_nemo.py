@@ -14,6 +14,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     largest_tensor,
     randomized,
@@ -314,3 +315,11 @@ def test_compiled_in_one_graph(options):
     patched = copied(model)
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(patched)
     assert_alike("states", got, run(model), 3e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"att_context_size": [4, 4]}])
+def test_wide_heads(options):
+    attention, x = make_attention(n_head=1, n_feat=257, **options), torch.randn(2, 9, 257)
+    positions = torch.randn(1, 9 if options else 17, 257)
+    pad = torch.zeros(2, 9, dtype=torch.bool) if options else None
+    assert_too_wide(attention, lambda m: m(x, x, x, pad, positions), "d_k")

@@ -14,6 +14,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     profiled,
     randomized,
@@ -171,3 +172,14 @@ def test_a_model_on_the_encoder():
     assert "encoder.layers.0.self_attn" in report.patched
     assert_alike("loss", model(**inputs, labels=labels).loss, wanted, 1e-5)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_wide_heads():
+    model = make_encoder(num_attention_heads=1, head_dim=257)
+    assert_too_wide(model, lambda m: states(m, **batch()), "head_dim")
+
+
+def test_one_mask_for_all_sequences():
+    model, inputs = make_encoder(), batch()
+    inputs["attention_mask"] = inputs["attention_mask"][1:2]
+    assert_same_when_patched(model, states, inputs, valid_frames(model, inputs))

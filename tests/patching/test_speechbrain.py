@@ -16,6 +16,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
 )
@@ -259,3 +260,9 @@ def test_compiled_in_one_graph():
     wanted = model(x, pos_embs=pos, **masks)[0]
     got = torch.compile(copied(model), fullgraph=True, backend="aot_eager")(x, pos_embs=pos, **masks)[0]
     assert_alike("states", got, wanted, 3e-5)
+
+
+def test_wide_heads():
+    attention, x = speechbrain.RelPosMHAXL(258, 1), torch.randn(2, 9, 258)
+    positions = speechbrain.RelPosEncXL(258).make_pe(9)
+    assert_too_wide(attention, lambda m: m(x, x, x, positions)[0], "head_dim")

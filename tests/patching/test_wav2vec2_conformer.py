@@ -12,6 +12,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
     results,
@@ -273,3 +274,18 @@ def test_a_model_with_a_head():
     report = txl_kernels.patch(model, strict=True)
     assert "wav2vec2_bert.encoder.layers.1.self_attn" in report.patched
     assert_alike("loss", model(**inputs).loss, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wide_heads(family):
+    heads = "speech_encoder_attention_heads" if family == "SeamlessM4T" else "num_attention_heads"
+    model = make_model(family, hidden_size=272, **{heads: 1})
+    assert_too_wide(model, lambda m: states(m, **batch(family)), "head_size")
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2Bert", "SeamlessM4T"])
+def test_one_mask_for_all_sequences(family):
+    """Without padding: their own code refuses others."""
+    inputs = batch(family)
+    inputs["attention_mask"] = inputs["attention_mask"][:1]
+    assert_same_when_patched(make_model(family), states, inputs)

@@ -12,6 +12,7 @@ from tests.patching.tools import (
     assert_same_dropout,
     assert_same_under_autocast,
     assert_same_when_patched,
+    assert_too_wide,
     copied,
     randomized,
     states_and_weights,
@@ -257,3 +258,14 @@ def test_a_language_model_on_it():
     assert_alike("loss", got, loss, 1e-5)
     assert torch.equal(got_tokens, tokens)
     assert list(model.state_dict()) == names
+
+
+def test_wide_heads():
+    model = make(d_model=258, n_head=1)
+    assert_too_wide(model, lambda m: m(input_ids=torch.arange(T)[None]).last_hidden_state, "d_head")
+
+
+def test_one_mask_for_all_sequences():
+    inputs = batch()
+    one = {"attention_mask": padding("right")[1:2], "token_type_ids": inputs.pop("token_type_ids")[:1]}
+    assert_same_when_patched(make().double(), lambda m, **x: states(m, **x, **one), inputs)

@@ -125,6 +125,15 @@ def assert_same_under_autocast(model: nn.Module, run: Callable[[nn.Module], Tens
     assert after <= 2 * before + torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
 
 
+def assert_too_wide(model: nn.Module, run: Callable[[nn.Module], Tensor], name: str) -> None:
+    """Attention with heads wider than a fused kernel takes, given by the attribute of that name, is left alone."""
+    patched = copy.deepcopy(model)
+    left = txl_kernels.patch(patched).left_alone
+    assert left
+    assert all(entry.reason.startswith(f"{name}: expected at most 256, got ") for entry in left)
+    assert torch.equal(run(patched), run(model))
+
+
 def assert_own_method(
     model: nn.Module, run: Callable[[nn.Module], Tensor | tuple[Tensor, ...]], warning: str
 ) -> tuple[Tensor, ...]:

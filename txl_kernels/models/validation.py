@@ -54,7 +54,7 @@ def check_counts(least: int, counts: dict[str, int]) -> None:
     """Raises ValueError unless all counts are ints from least on."""
     for name, count in counts.items():
         if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}: expected an int >= {least}, got {count}")
+            raise ValueError(f"{name}: expected an int >= {least}, got {count!r}")
 
 
 def check_segment(

@@ -13,6 +13,7 @@ from torch import nn
 from txl_kernels.patching import table
 from txl_kernels.patching.replacement import Replacement
 from txl_kernels.patching.report import Entry, Report
+from txl_kernels.validation import MAX_HEAD_SIZE
 
 
 class PatchError(ValueError):
@@ -172,4 +173,9 @@ def _obstacle(target: nn.Module | type, cls: type, known: type, replacement: Rep
         return None
     if method in vars(target):
         return f"{method} of this instance was replaced (by a hook, say); patch before that"
-    return replacement.check(target)
+    return replacement.check(target) or _too_wide(target, replacement.head_size)
+
+
+def _too_wide(target: nn.Module, name: str) -> str | None:
+    size = getattr(target, name) if name else 0
+    return f"{name}: expected at most {MAX_HEAD_SIZE}, got {size}" if size > MAX_HEAD_SIZE else None

@@ -29,6 +29,8 @@ class Replacement(NamedTuple):
         own: Requests that the module's own method serves, for the report ("attention weights").
         applies: Whether an instance has relative attention at all; others are passed over, in the report too (the
             attention of an adapter, which is built from the same class without positions).
+        head_size: Name of the attribute that has the head size D, for an attention; what is wider than a fused kernel
+            takes is left alone.
     """
 
     method: str
@@ -37,6 +39,7 @@ class Replacement(NamedTuple):
     check: Callable[[nn.Module], str | None] = _fits
     own: str = ""
     applies: Callable[[nn.Module], bool] = _every
+    head_size: str = ""
 
 
 _warned: set[tuple[str, str]] = set()

@@ -62,5 +62,6 @@ REPLACEMENTS = {
         ("inputs", "pos_embedding", "full_input", "u", "v", "mask"),
         check=_obstacle,
         own="a visible future with heads above 128",
+        head_size="head_dim",
     ),
 }

@@ -102,8 +102,8 @@ def _encoder(*parameters: str) -> Replacement:
 PARAMETERS = ("query", "key", "value", "pos_emb", "mask")
 INPUTS = ("xs_pad", "ilens", "prev_states")
 REPLACEMENTS = {
-    "RelPositionMultiHeadedAttention": Replacement("forward", latest, PARAMETERS),
-    "LegacyRelPositionMultiHeadedAttention": Replacement("forward", legacy, PARAMETERS),
+    "RelPositionMultiHeadedAttention": Replacement("forward", latest, PARAMETERS, head_size="d_k"),
+    "LegacyRelPositionMultiHeadedAttention": Replacement("forward", legacy, PARAMETERS, head_size="d_k"),
     "ConformerEncoder": _encoder(*INPUTS, "masks", "ctc", "return_all_hs"),
     "MultiConvConformerEncoder": _encoder(*INPUTS, "ctc"),
     "BranchformerEncoder": _encoder(*INPUTS),

@@ -55,6 +55,9 @@ def attention(
 
 REPLACEMENTS = {
     "RelPositionMultiHeadedAttention": Replacement(
-        "forward", attention, ("query", "key", "value", "pos_enc", "mask", "chunk_mask", "left_context")
+        "forward",
+        attention,
+        ("query", "key", "value", "pos_enc", "mask", "chunk_mask", "left_context"),
+        head_size="d_k",
     ),
 }

@@ -50,6 +50,6 @@ def _heads(self: nn.Module, x: Tensor) -> Tensor:
 
 REPLACEMENTS = {
     "RelPositionMultiHeadedAttention": Replacement(
-        "forward", attention, ("query", "key", "value", "pos_emb", "key_padding_mask", "kwargs")
+        "forward", attention, ("query", "key", "value", "pos_emb", "key_padding_mask", "kwargs"), head_size="d_k"
     ),
 }

@@ -80,6 +80,7 @@ REPLACEMENTS = {
         attention,
         ("hidden_states", "attention_mask", "pos_emb", "output_attentions"),
         own="attention weights",
+        head_size="head_dim",
     ),
     "FastSpeech2ConformerEncoder": Replacement(
         "forward",

@@ -124,7 +124,7 @@ def _check(layer: nn.Module) -> str | None:
 
 REPLACEMENTS = {
     "Gemma3nAudioAttention": Replacement(
-        "forward", gemma3n_attention, ("hidden_states", "mask"), own="masks that are not bool"
+        "forward", gemma3n_attention, ("hidden_states", "mask"), own="masks that are not bool", head_size="head_dim"
     ),
     "Gemma4AudioAttention": Replacement(
         "forward",
@@ -132,6 +132,7 @@ REPLACEMENTS = {
         ("hidden_states", "position_embeddings", "attention_mask"),
         _check,
         own="attention weights, masks in blocks",
+        head_size="head_dim",
     ),
     "Gemma4AudioModel": Replacement("forward", gemma4_encoder, ("input_features", "attention_mask", "kwargs")),
 }

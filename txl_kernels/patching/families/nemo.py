@@ -192,11 +192,15 @@ def _not_relative(module: nn.Module) -> str | None:
 
 PARAMETERS = ("query", "key", "value", "mask", "pos_emb", "cache")
 REPLACEMENTS = {
-    "RelPositionMultiHeadAttention": Replacement("forward", attention, PARAMETERS),
+    "RelPositionMultiHeadAttention": Replacement("forward", attention, PARAMETERS, head_size="d_k"),
     "RelPositionMultiHeadAttentionLongformer": Replacement(
-        "forward", local_attention, ("query", "key", "value", "pad_mask", "pos_emb", "cache"), _not_local
+        "forward",
+        local_attention,
+        ("query", "key", "value", "pad_mask", "pos_emb", "cache"),
+        _not_local,
+        head_size="d_k",
     ),
-    "RelPositionMultiHeadAttentionAdapter": Replacement("forward", adapter, PARAMETERS),
+    "RelPositionMultiHeadAttentionAdapter": Replacement("forward", adapter, PARAMETERS, head_size="d_k"),
     "ConformerEncoder": Replacement(
         "_create_masks",
         masks,

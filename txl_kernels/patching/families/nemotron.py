@@ -163,6 +163,7 @@ REPLACEMENTS = {
         ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
         check=_check,
         own="attention weights",
+        head_size="head_dim",
     ),
     "NemotronAsrStreamingEncoder": Replacement(
         "forward",

@@ -19,7 +19,7 @@ from txl_kernels.patching.replacement import Replacement, warn_own
 
 
 class Padding(NamedTuple):
-    """The frames of each sequence: lengths (B,), and valid (B, T), True for a frame."""
+    """The frames of each sequence: lengths (B,), and valid (1|B, T), True for a frame."""
 
     lengths: Tensor
     valid: Tensor
@@ -73,7 +73,7 @@ def _encode(
     states, valid = subsampled(self, input_features, attention_mask)
     padding = None
     if valid is not None:
-        padding = Padding(valid.sum(1), valid)
+        padding = Padding(valid.sum(1).expand(states.shape[0]), valid)  # one mask may serve all sequences
         attention_mask = valid[:, None, None]  # for the convolutions, which look for padded keys alone
     states = through_layers(self, states, attention_mask=attention_mask, padding=padding, **kwargs)
     return original_code.ParakeetEncoderModelOutput(
@@ -94,6 +94,7 @@ REPLACEMENTS = {
         attention,
         ("hidden_states", "position_embeddings", "attention_mask", "kwargs"),
         own="attention weights",
+        head_size="head_dim",
     ),
     "ParakeetEncoder": Replacement(
         "forward", encoder, ("input_features", "attention_mask", "output_attention_mask", "kwargs")

@@ -25,4 +25,6 @@ def _heads(self: nn.Module, x: Tensor) -> Tensor:
     return x.unflatten(-1, (self._num_heads, self._head_dim)).transpose(1, 2)
 
 
-REPLACEMENTS = {"RelativeMultiHeadAttention": Replacement("forward", attention, ("inputs", "memory"))}
+REPLACEMENTS = {
+    "RelativeMultiHeadAttention": Replacement("forward", attention, ("inputs", "memory"), head_size="_head_dim")
+}

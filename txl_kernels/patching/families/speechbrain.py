@@ -93,5 +93,6 @@ REPLACEMENTS = {
         ("query", "key", "value", "pos_embs", "key_padding_mask", "attn_mask", "return_attn_weights"),
         check=_obstacle,
         own="return_attn_weights=True where it is passed (by default None comes in place of the weights)",
+        head_size="head_dim",
     ),
 }

@@ -44,5 +44,6 @@ REPLACEMENTS = {
         ("w", "r", "attn_mask", "mems", "head_mask", "output_attentions"),
         check,
         own="attention weights, head masks",
+        head_size="d_head",
     ),
 }

@@ -106,19 +106,18 @@ def _is_plain(net: nn.Module) -> bool:
 
 def check(layer: nn.Module, attributes: tuple[str, ...] = _PROJECTED_ATTRIBUTES) -> str | None:
     missing = [name for name in attributes if not hasattr(layer, name)]
-    if missing:
-        return f"expected the attributes of the original, got none named {', '.join(missing)}"
-    return None if layer.d_head <= 256 else f"d_head: expected at most 256, got {layer.d_head}"
+    return f"expected the attributes of the original, got none named {', '.join(missing)}" if missing else None
 
 
 REPLACEMENTS = {
     "RelPartialLearnableMultiHeadAttn": Replacement(
-        "forward", attention, ("w", "r", "r_w_bias", "r_r_bias", "attn_mask", "mems"), check
+        "forward", attention, ("w", "r", "r_w_bias", "r_r_bias", "attn_mask", "mems"), check, head_size="d_head"
     ),
     "RelLearnableMultiHeadAttn": Replacement(
         "forward",
         learned_attention,
         ("w", "r_emb", "r_w_bias", "r_bias", "attn_mask", "mems"),
         functools.partial(check, attributes=_ATTRIBUTES),
+        head_size="d_head",
     ),
 }

@@ -94,7 +94,7 @@ def _with_key_padding(forward: types.FunctionType) -> types.FunctionType | None:
 
 def _key_padding(config, inputs_embeds: Tensor, attention_mask: Tensor) -> KeyPadding:
     """In place of `transformers.masking_utils.create_bidirectional_mask`."""
-    return key_padding(attention_mask.to(inputs_embeds.device).bool())
+    return key_padding(attention_mask.to(inputs_embeds.device).bool().expand(inputs_embeds.shape[0], -1))
 
 
 def _positions(module: nn.Module) -> str | None:
@@ -126,6 +126,7 @@ _ATTENTION = Replacement(
     check=_check,
     applies=_applies,
     own="attention weights",
+    head_size="head_size",
 )
 _ENCODER = Replacement(
     "forward", encoder, ("hidden_states", "attention_mask", "kwargs"), check=_check_encoder, applies=_applies

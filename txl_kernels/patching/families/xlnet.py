@@ -156,10 +156,12 @@ def model(
         )
     M = 0 if mems is None or mems[0] is None else mems[0].shape[0]
     valid = attention_mask >= 1 if attention_mask is not None else input_mask <= 0 if input_mask is not None else None
-    visible = _visible(self, M, valid, perm_mask)
+    B = tokens.shape[0]  # of which masks and types may be one for all
+    visible = _visible(self, M, None if valid is None else valid.expand(B, -1), perm_mask)
     segments = None
     if token_type_ids is not None:
-        segments = Segments(token_type_ids, nn.functional.pad(token_type_ids, (M, 0)))  # memory has type 0
+        types = token_type_ids.expand(B, -1)
+        segments = Segments(types, nn.functional.pad(types, (M, 0)))  # memory has type 0
     stand_in = _Model(self, attn_mask_h=visible, attn_mask_g=visible._replace(itself=None), seg_mat=segments)
     return original.__func__(
         *(stand_in, input_ids, None, mems, None, target_mapping, None, None, inputs_embeds, use_mems),
@@ -201,6 +203,7 @@ REPLACEMENTS = {
         attention,
         ("q_head", "k_head_h", "v_head_h", "k_head_r", "seg_mat", "attn_mask", "output_attentions"),
         own="attention weights, one-hot segments",
+        head_size="d_head",
     ),
     "XLNetModel": Replacement(
         "forward",
