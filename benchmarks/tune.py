@@ -120,7 +120,8 @@ class Pass:
         tensors = make_inputs(**sizes, D=D, dtype=dtype, device=device)
         dout = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         self._truth, self._reference = truth_and_reference_by_head(tensors, dout)
-        self._inputs, self._dout = Inputs(**tensors), dout
+        r = tensors["r"].unsqueeze(0)  # (1, H, P, D), as the operator hands it on
+        self._inputs, self._dout = Inputs(**tensors | {"r": r}), dout
         self._options = Options(-1, 0, D**-0.5, sizes["T"] + sizes["M"] - 1, None, 0.0)
         self._out, self._lse = launch.forward(self._inputs, self._options)
 
@@ -136,8 +137,8 @@ class Pass:
         """Raises AssertionError where a result is outside the error policy."""
         factor = OUTPUT_FACTOR if self._name == "forward" else GRADIENT_FACTOR
         for name, x in results.items():
-            truth = name if name in self._truth else f"d{name}"
-            assert_close_to_truth(name, x, self._truth[truth], self._reference[truth], factor)
+            x = x.squeeze(0) if name == "r" else x
+            assert_close_to_truth(name, x, self._truth[name], self._reference[name], factor)
 
 
 def measured(work: Pass, row: Launch, stopwatch: Callable, device: torch.device) -> dict:
