@@ -304,6 +304,31 @@ def test_gpu_parts_go_on_where_time_was_up(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("all parts are done\n")
 
 
+def test_tuner_times_a_shortlist_and_goes_on_behind_a_candidate_that_hung(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    from benchmarks import tune
+
+    timed, state = [], tmp_path / "tune.jsonl"
+    todo = tune.jobs(["dq"], [64], "sm_90", (2,))[:4]
+
+    def measured(work, row, stopwatch, device):
+        timed.append(row)
+        if row == todo[1].row:
+            raise KeyboardInterrupt
+        return {"ms": float(len(timed))}
+
+    def sweep():
+        return tune.measured_sweep(torch.device("cpu"), todo, 1.0, state, True, lambda group: group[:3])
+
+    monkeypatch.setattr(tune, "Pass", lambda *args: None)
+    monkeypatch.setattr(tune, "measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        sweep()
+    assert sweep()
+    assert timed == [job.row for job in todo[:3]]
+    assert f'"dq": {{64: Launch{tuple(todo[0].row)}}},' in capsys.readouterr().out
+
+
 def test_text_comes_from_cpython_or_a_file(monkeypatch, tmp_path):
     monkeypatch.delenv(language_model.TEXT_VARIABLE, raising=False)
     name, text = language_model.load_text(100_000)
