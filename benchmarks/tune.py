@@ -1,7 +1,7 @@
 """Finds rows for launch_table.py: times every candidate tile on this GPU, or compiles it for GPUs that are not there.
 
-    python -m benchmarks.tune --shortlist 12 --processes 16 --minutes 9 --state build/tune.jsonl  # on a GPU; again to go on
-    python -m benchmarks.tune --static sm_80 sm_90                     # without one
+    python -m benchmarks.tune --shortlist 12 --processes 16 --state build/tune.jsonl  # on a GPU; again to go on
+    python -m benchmarks.tune --static sm_80 sm_90                                    # without one
 
 On a GPU a candidate counts only if its results are within the error policy of the tests. Without one, candidates are
 ranked by what fits into shared memory, then whether products run one by one, then spilled bytes, then
