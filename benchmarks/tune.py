@@ -1,7 +1,7 @@
 """Finds rows for launch_table.py: times every candidate tile on this GPU, or compiles it for GPUs that are not there.
 
-    python -m benchmarks.tune --minutes 9 --state build/tune.jsonl     # on a GPU; again to go on
-    python -m benchmarks.tune --static sm_80 sm_90                     # without one
+    python -m benchmarks.tune --shortlist 12 --processes 16 --state build/tune.jsonl  # on a GPU; again to go on
+    python -m benchmarks.tune --static sm_80 sm_90                                    # without one
 
 On a GPU a candidate counts only if its results are within the error policy of the tests. Without one, candidates are
 ranked by what fits into shared memory, then whether products run one by one, then spilled bytes, then
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def compiled(target: str, job: Job, dtype: torch.dtype = torch.bfloat16) -> dict
         recorded = launches(target, job.D, dtype, row=job.row)[KERNELS[job.name]]
         resources = compile_launch(recorded, target)
     except Exception as error:  # whatever the compiler raises: the sweep goes on
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+        return {"error": _reason(error)}
     return {
         "fits": resources.shared_memory <= SHARED_MEMORY_LIMIT[target],
         "spill": resources.spill_bytes,
@@ -92,24 +93,34 @@ def compiled(target: str, job: Job, dtype: torch.dtype = torch.bfloat16) -> dict
     }
 
 
+def compilers(processes: int) -> ProcessPoolExecutor:
+    """Processes that compile; spawned, since CUDA does not survive a fork."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), initializer=os.nice, initargs=(10,))
+
+
+def ranked(pool: ProcessPoolExecutor, target: str, group: list[Job]) -> list[tuple[Launch, dict]]:
+    """The candidates that compile and fit with what the compiler reports of them, best first."""
+    reports = zip(group, pool.map(compiled, itertools.repeat(target), group), strict=True)
+    good = [(job.row, x) for job, x in reports if x.get("fits")]
+    return sorted(good, key=lambda x: (x[1]["serialized"], x[1]["spill"], x[1]["score"]))
+
+
 def static_sweep(target: str, todo: list[Job], processes: int, shown: int) -> None:
     """Prints the candidates of every pass and head size, best first."""
-    with ProcessPoolExecutor(processes, initializer=os.nice, initargs=(10,)) as pool:
-        reports = list(zip(todo, pool.map(compiled, itertools.repeat(target), todo), strict=True))
-    for (D, name), group in itertools.groupby(reports, key=lambda x: (x[0].D, x[0].name)):
-        print(f"\n{target} {name} {D} (spilled bytes, instructions a score, registers, shared, matrix instructions)")
-        group = list(group)
-        current = group[0][0].row
-        good = [(job.row, x) for job, x in group if x.get("fits")]
-        good.sort(key=lambda x: (x[1]["serialized"], x[1]["spill"], x[1]["score"]))
-        for place, (row, x) in enumerate(good):
-            if place < shown or row == current:
-                print(
-                    f"{'*' if row == current else ' '} {tuple(row)!s:>24} {x['spill']:5} {x['score']:6.1f} "
-                    f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}{' serialized' if x['serialized'] else ''}"
-                )
-        left_out = len(group) - len(good)
-        print(f"  {left_out} of {len(group)} do not compile or do not fit", flush=True)
+    with compilers(processes) as pool:
+        for (D, name), group in itertools.groupby(todo, key=lambda job: (job.D, job.name)):
+            print(
+                f"\n{target} {name} {D} (spilled bytes, instructions a score, registers, shared, matrix instructions)"
+            )
+            group = list(group)
+            good = ranked(pool, target, group)
+            for place, (row, x) in enumerate(good):
+                if place < shown or row == group[0].row:
+                    print(
+                        f"{'*' if row == group[0].row else ' '} {tuple(row)!s:>24} {x['spill']:5} {x['score']:6.1f} "
+                        f"{x['registers']:4} {x['shared']:7} {x['matrix']:4}{' serialized' if x['serialized'] else ''}"
+                    )
+            print(f"  {len(group) - len(good)} of {len(group)} do not compile or do not fit", flush=True)
 
 
 class Pass:
@@ -120,7 +131,8 @@ class Pass:
         tensors = make_inputs(**sizes, D=D, dtype=dtype, device=device)
         dout = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         self._truth, self._reference = truth_and_reference_by_head(tensors, dout)
-        self._inputs, self._dout = Inputs(**tensors), dout
+        r = tensors["r"].unsqueeze(0)  # (1, H, P, D), as the operator hands it on
+        self._inputs, self._dout = Inputs(**tensors | {"r": r}), dout
         self._options = Options(-1, 0, D**-0.5, sizes["T"] + sizes["M"] - 1, None, 0.0)
         self._out, self._lse = launch.forward(self._inputs, self._options)
 
@@ -136,8 +148,8 @@ class Pass:
         """Raises AssertionError where a result is outside the error policy."""
         factor = OUTPUT_FACTOR if self._name == "forward" else GRADIENT_FACTOR
         for name, x in results.items():
-            truth = name if name in self._truth else f"d{name}"
-            assert_close_to_truth(name, x, self._truth[truth], self._reference[truth], factor)
+            x = x.squeeze(0) if name == "r" else x
+            assert_close_to_truth(name, x, self._truth[name], self._reference[name], factor)
 
 
 def measured(work: Pass, row: Launch, stopwatch: Callable, device: torch.device) -> dict:
@@ -154,11 +166,35 @@ def measured(work: Pass, row: Launch, stopwatch: Callable, device: torch.device)
             stopwatch(function)
             return {"ms": 1e3 * median(stopwatch(function) for _ in range(ROUNDS if device.type == "cuda" else 1))}
     except Exception as error:  # out of shared memory, or wrong results: the sweep goes on
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+        return {"error": _reason(error)}
 
 
-def measured_sweep(device: torch.device, todo: list[Job], minutes: float, state: Path | None, smoke: bool) -> bool:
-    """Times what the state file does not hold yet, then prints the fastest rows; False when time ran out before."""
+def _reason(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:80]}"
+
+
+def _faulted(device: torch.device) -> bool:
+    """Whether the GPU answers nothing more in this process, as after an illegal access."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def measured_sweep(
+    device: torch.device,
+    todo: list[Job],
+    minutes: float,
+    state: Path | None,
+    smoke: bool,
+    shortlist: Callable[[list[Job]], list[Job]] = list,
+) -> bool:
+    """Times what the state file does not hold yet, then prints the fastest rows; False when time ran out before.
+
+    shortlist says which of the candidates of a pass and head size are worth the time.
+    """
     deadline = time.monotonic() + 60 * minutes
     stopwatch = Stopwatch(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -170,11 +206,19 @@ def measured_sweep(device: torch.device, todo: list[Job], minutes: float, state:
     def key(job: Job) -> tuple:
         return (job.name, job.D, *job.row)
 
+    def keep(job: Job, result: dict) -> None:
+        if state:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            with state.open("a") as file:
+                file.write(json.dumps({"on": versions, "job": key(job), "result": result}) + "\n")
+
     finished = True
     for (name, D), group in itertools.groupby(todo, key=lambda job: (job.name, job.D)):
-        left = [job for job in group if key(job) not in known]
-        if not left or time.monotonic() > deadline:
-            finished = finished and not left
+        if time.monotonic() > deadline:
+            finished = False
+            break
+        left = [job for job in shortlist(list(group)) if key(job) not in known]
+        if not left:
             continue
         B, T, M = (1, 40, 33) if smoke else (8, 1024, 1024)
         work = Pass(name, D, device, dtype, {"B": B, "H": B, "T": T, "M": M})
@@ -182,12 +226,13 @@ def measured_sweep(device: torch.device, todo: list[Job], minutes: float, state:
             if time.monotonic() > deadline:
                 finished = False
                 break
+            keep(job, {"error": "did not end"})  # stands where it hangs or takes this process with it
             result = known[key(job)] = measured(work, job.row, stopwatch, device)
             print(name, D, tuple(job.row), result, flush=True)
-            if state:
-                state.parent.mkdir(parents=True, exist_ok=True)
-                with state.open("a") as file:
-                    file.write(json.dumps({"on": versions, "job": key(job), "result": result}) + "\n")
+            keep(job, result)
+            if device.type == "cuda" and "error" in result and _faulted(device):
+                print("the GPU has faulted: call again for the rest")
+                return False
     print(f"\n# {versions}, {date.today()}{'' if finished else ', unfinished'}")
     for name in KERNELS:
         best = {}
@@ -210,7 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--passes", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--head-sizes", nargs="+", type=int, choices=HEAD_SIZES, default=list(HEAD_SIZES))
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--processes", type=int, default=2, help="of the static sweep")
+    parser.add_argument("--processes", type=int, default=2, help="that compile")
+    parser.add_argument("--shortlist", type=int, help="time so many of each pass and head size, best by --static, only")
     parser.add_argument("--shown", type=int, default=6, help="candidates printed by the static sweep")
     parser.add_argument("--minutes", type=float, default=9, help="time budget on a GPU")
     parser.add_argument("--state", type=Path, help="keeps the measurements, to go on from")
@@ -222,8 +268,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.static:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    todo = jobs(options.passes, options.head_sizes, generation_of(device), stages)
-    return 0 if measured_sweep(device, todo, options.minutes, options.state, options.smoke) else UNFINISHED
+    generation = generation_of(device)
+    todo = jobs(options.passes, options.head_sizes, generation, stages)
+    limits = options.minutes, options.state, options.smoke
+    if options.shortlist is None:
+        return 0 if measured_sweep(device, todo, *limits) else UNFINISHED
+    with compilers(options.processes) as pool:
+
+        def shortlist(group: list[Job]) -> list[Job]:
+            best = [group[0]._replace(row=row) for row, _ in ranked(pool, generation, group)[: options.shortlist]]
+            return [group[0], *(job for job in best if job != group[0])]
+
+        return 0 if measured_sweep(device, todo, *limits, shortlist) else UNFINISHED
 
 
 if __name__ == "__main__":

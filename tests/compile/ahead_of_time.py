@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
@@ -27,10 +26,6 @@ _MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bWGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": r"\bv_mfma_"
 }  # fmt: skip
 SPIN_WAIT = 50  # instructions; every tile loop has more
-_TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
 _BIN = Path(nvidia.__file__).parent / "bin"
 
 
@@ -88,35 +83,21 @@ def record_launches(run: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def _specialize(launch: Launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes that the runtime would compile this launch with."""
-    signature, constexprs, attrs = {}, {}, {}
-    for position, param in enumerate(launch.kernel.params):
-        value = launch.values[param.name]
-        specialize = not param.do_not_specialize
-        if param.is_constexpr or value is None:
-            signature[param.name], constexprs[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = _TYPES[value.dtype]
-            if specialize and value.data_ptr() % 16 == 0:
-                attrs[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}]>"
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        elif specialize and value == 1:
-            signature[param.name], constexprs[param.name] = "constexpr", value
-        else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialize and value % 16 == 0:
-                attrs[(position,)] = [["tt.divisibility", 16]]
+def _specialize(launch: Launch, target: str) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes that the runtime compiles this launch with, by its own steps.
+
+    So what is compiled here lies in Triton's cache under the key that a launch on such a GPU looks for.
+    """
+    kernel, backend = launch.kernel, make_backend(TARGETS[target])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialization, _ = bind(**launch.values)
+    _, signature, constexprs, attrs = kernel._pack_args(backend, launch.options, values, specialization, None)
     return signature, constexprs, attrs
 
 
 def specialization_key(launch: Launch) -> str:
     """Equal for two launches exactly where they share a compiled variant."""
-    return repr((*_specialize(launch), sorted(launch.options.items())))
+    return repr((*_specialize(launch, "sm_90"), sorted(launch.options.items())))
 
 
 def with_tiling(launch: Launch, block_m: int, block_n: int, num_warps: int, num_stages: int, unroll: int = 1) -> Launch:
@@ -127,7 +108,7 @@ def with_tiling(launch: Launch, block_m: int, block_n: int, num_warps: int, num_
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compiles one recorded launch for a target of TARGETS."""
-    source = ASTSource(launch.kernel, *_specialize(launch))
+    source = ASTSource(launch.kernel, *_specialize(launch, target))
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     read = _amd_resources if target.startswith("gfx") else _nvidia_resources
     resources = read(compiled, target)
