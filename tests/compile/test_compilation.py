@@ -114,15 +114,18 @@ def test_few_queries_fit_the_target(target, D):
 
 
 def test_where_tiles_come_by_descriptors():
-    """In the rows of the table that say so, if every row starts on 16 bytes and some row of r is read."""
+    """In the rows of the table that say so if some row of r is read; in all from copies with rows of 16 bytes."""
     expected = {
         64: dict(zip(KERNELS, ("pointers", "pointers", "descriptors", "descriptors"), strict=True)),
-        100: dict.fromkeys(KERNELS, "pointers"),
+        100: dict.fromkeys(KERNELS, "descriptors"),
         128: dict.fromkeys(KERNELS, "descriptors"),
     }
     for D, loads in expected.items():
         recorded = launches("sm_90", D)
         assert {name: recorded[name].loads for name in KERNELS} == loads
+    k = launches("sm_90", 100)["backward_dq_kernel"].values["k_ptr"]
+    assert (list(k.shape), k.strides) == ([2, 4, 1024, 100], (4 * 1024 * 104, 1024 * 104, 104, 1))
+    assert launches("sm_90", 100, T=1)["forward_kernel"].loads == "pointers"
     r = launches("sm_90", 128)["backward_dq_kernel"].values["r_ptr"]
     assert (list(r.shape), r.block_shape) == ([4, 1024, 128], [1, 32, 128])
     batched = launches("sm_90", 128, terms="batched r")["backward_dq_kernel"].values["r_ptr"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.accuracy import (
     assert_all_close_to_truth,
@@ -11,6 +12,7 @@ from tests.accuracy import (
     truth_and_reference,
 )
 from txl_kernels import rel_attention
+from txl_kernels.triton_backend import launch
 
 
 def triton_attention(**kwargs):
@@ -67,6 +69,22 @@ def test_one_query_one_key(use_tiles):
 def test_float16(use_tiles):
     use_tiles(32, 16)
     check(make_inputs(2, 2, 37, 21, 32, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("D", [5, 41])
+def test_rows_that_do_not_start_on_16_bytes(D, use_tiles, monkeypatch):
+    """Copies in rows that do give the same bits as the rows themselves, and come by descriptors."""
+    use_tiles(32, 16)
+    inputs = make_inputs(2, 2, 37, 21, D, dtype=torch.float16, layout="tbhd")
+    dout = torch.randn(inputs["q"].shape).half()
+    wanted = outputs_and_gradients(triton_attention, inputs, dout)
+    monkeypatch.setattr(launch, "generation_of", lambda device: "sm_90")
+    described = []
+    monkeypatch.setattr(launch, "TensorDescriptor", lambda *args: described.append(args) or TensorDescriptor(*args))
+    got = outputs_and_gradients(triton_attention, inputs, dout)
+    assert described
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
 
 
 def test_large_row_bias(use_tiles):
@@ -213,8 +231,6 @@ def test_rows_of_r_that_no_visible_pair_uses_get_zero_gradient(use_tiles):
 @pytest.mark.parametrize("B", [1, 7])
 def test_batch_split_of_dr(B, use_tiles, monkeypatch):
     """Batch elements are divided over programs unevenly (7 over 5), and summed in one order."""
-    from txl_kernels.triton_backend import launch
-
     use_tiles(16, 16)
     monkeypatch.setattr(launch, "_DR_PROGRAMS", 10)
     check(make_inputs(B, 1, 17, 9, 16))

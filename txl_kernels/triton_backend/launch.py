@@ -16,7 +16,7 @@ from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kern
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import FEW_QUERIES, Launch, generation_of, launch_for
+from txl_kernels.triton_backend.launch_table import COPY_ENGINE, FEW_QUERIES, Launch, generation_of, launch_for
 from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
@@ -34,8 +34,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     with _on_device_of(q):
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
-        call = _Call(inputs, options, others=(out,))
-        kernel = "few" if call.T <= FEW_QUERIES else "forward"
+        kernel = "few" if q.shape[2] <= FEW_QUERIES else "forward"
+        call = _Call(inputs, options, out, copy_rows=kernel == "forward")
         tiling = call.tiling(kernel)
         tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
         if tiles == 1:
@@ -82,8 +82,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of DIFFERENTIABLE; None for those that need none."""
     with _on_device_of(out):
-        call = _Call(inputs, options, others=(out, dout))
-        shared = {**_strided("do", "do", "bhm", dout), **_row_stats(call, out, dout, lse, dlse)}
+        call = _Call(inputs, options, out, dout, copy_rows=True)
+        shared = {**_strided("do", "do", "bhm", call.dout), **_row_stats(call, out, dout, lse, dlse)}
         needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
         grads = {}
         for names, gradients in (
@@ -100,31 +100,39 @@ def backward(
 class _Call:
     """The sizes and kernel arguments that all passes of one call share."""
 
-    def __init__(self, inputs: Inputs, options: Options, others: tuple[Tensor, ...]):
+    def __init__(
+        self, inputs: Inputs, options: Options, out: Tensor, dout: Tensor | None = None, copy_rows: bool = False
+    ):
         self.inputs = inputs
-        k, v, r = inputs.k, inputs.v, inputs.r
         q, q_pos = _query_operands(inputs)
+        k, v, r = inputs.k, inputs.v, inputs.r
+        self.generation, self.itemsize = generation_of(q.device), q.element_size()
+        operands = (q, k, v, r, q_pos, dout)
+        # Rows that do not start on 16 bytes would come element by element, and their columns masked one by one.
+        self.copied = copy_rows and self.generation in COPY_ENGINE and self.itemsize == 2 and not _all_aligned(operands)
+        if self.copied:
+            operands = tuple(_in_aligned_rows(x) for x in operands)
+        q, k, v, r, q_pos, self.dout = operands
+        self._r_table = r
         self.B, self.H, self.T, self.D = q.shape
         self.S, self.P = k.shape[2], inputs.rows
         M = self.S - self.T
         self.group = self.H // k.shape[1]
-        self.generation, self.itemsize = generation_of(q.device), q.element_size()
         # A table that serves all batch elements or heads has stride 0 there.
         self.r = None if r is None else r.expand(self.B, self.H, -1, -1)
         self.r_batches = 1 if r is None else len(r)
         self.DR = self.D if r is None else r.shape[-1]
-        rows = [x for x in (q, k, v, self.r, q_pos, *others) if x is not None]
         # The gradient of q_pos may be denser than q_pos.
         dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
-        self.aligned = dense and all(_is_aligned(x) for x in rows)
+        self.aligned = dense and not self.copied and _all_aligned((*operands, out))
         # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
         rel_offset = max(-self.S, min(options.first_distance - M, self.P + self.T))
         reach = self.S if options.right < 0 else min(M + 1 + options.right, self.S)
         # Rows of r in the future of every query are not read.
         self.r_rows = min(self.P, rel_offset + reach)
         # What a descriptor cannot do, beside rows not aligned: repeat some, have none, r by batch element alone.
-        plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in (q, k, v, r, q_pos, *others) if x is not None)
-        self.describable = self.aligned and plain
+        plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in operands if x is not None)
+        self.describable = (self.aligned or self.copied) and plain
         self._descriptors: dict[tuple[str, int], TensorDescriptor] = {}
         if r is not None:
             self.describable &= self.r_rows > 0 and (len(r) == 1 or r.shape[1] == self.H)
@@ -155,7 +163,8 @@ class _Call:
 
     def row(self, kernel: str) -> Launch:
         width = max(_padded(self.D), _padded(self.DR))
-        return launch_for(kernel, self.generation, width, self.itemsize)
+        row = launch_for(kernel, self.generation, width, self.itemsize)
+        return row._replace(descriptors=True) if self.copied else row
 
     def operands(self, kernel: str, **others: object) -> dict:
         """The arguments that all passes share, and others; what tiles are loaded from as its row of the table says."""
@@ -178,7 +187,7 @@ class _Call:
 
     def _rows_of_r(self) -> Tensor:
         """Those that are read, without the dimensions that batch elements or heads share."""
-        r = self.inputs.r[:, :, : self.r_rows]
+        r = self._r_table[:, :, : self.r_rows]
         if len(r) > 1:
             return r
         return r[0, 0] if r.shape[1] == 1 else r[0]
@@ -361,6 +370,18 @@ def _is_aligned(x: Tensor) -> bool:
     """Whether every row starts on 16 bytes."""
     itemsize = x.element_size()
     return x.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in x.stride()[:-1])
+
+
+def _all_aligned(tensors: Sequence[Tensor | None]) -> bool:
+    return all(x is None or _is_aligned(x) for x in tensors)
+
+
+def _in_aligned_rows(x: Tensor | None) -> Tensor | None:
+    """x, or a copy whose rows start on 16 bytes; what lies between them is never read."""
+    if x is None or _is_aligned(x):
+        return x
+    width, step = x.shape[-1], 16 // x.element_size()
+    return x.new_empty(*x.shape[:-1], step * triton.cdiv(width, step))[..., :width].copy_(x)
 
 
 def _query_operands(inputs: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -28,6 +28,8 @@ class Launch(NamedTuple):
 
 # "few" is the forward of at most FEW_QUERIES, as in generation: memory-bound, if no product is made for absent rows.
 FEW_QUERIES = 16
+# Where rows that do not start on 16 bytes are worth a copy that the copy engine can load from.
+COPY_ENGINE = ("sm_90",)
 # Generation -> pass -> {largest padded head size: launch}, for 16-bit elements.
 _HALF = {
     "sm_80": {
