@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Launch(NamedTuple):
@@ -79,11 +80,18 @@ _FLOAT = {
 }
 
 
+# Before 3.7 Triton fences tiles that come by pointers off from Hopper's asynchronous products in front of the loop that
+# loads them, not in it. What the copy engine loads has barriers.
+_FENCES_IN_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
 def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
     """The row for a pass (forward, few, dq, dkv, dr, dmask), generation, padded head size and element size."""
     kernel = "dq" if kernel == "dmask" else kernel  # the same products, less what they feed
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
-    return rows[max(64, block_d)]
+    row = rows[max(64, block_d)]
+    unfenced = generation == "sm_90" and itemsize == 2 and row.num_stages > 1 and not _FENCES_IN_LOOPS
+    return row._replace(descriptors=True) if unfenced and kernel != "few" else row
 
 
 @functools.cache
