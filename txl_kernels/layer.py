@@ -184,7 +184,7 @@ def _attend(
     """From hidden states (T, B, C) to hidden states, projecting the memory."""
     _check_states(layer, w, mems)
     (T, B, _), S = w.shape, _kv_len(w, mems)
-    visible = visibility(attn_mask, T, S, B).within(window)
+    visible = visibility(attn_mask, T, S, B, reader=layer).within(window)
     q, kv = project_queries(layer, w)
     k, v = project_keys(layer, kv, mems)
     return attend(layer, w, q, k, v, positions, visible)

@@ -18,7 +18,7 @@ copying them to int64 first.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from txl_kernels.per_mask import once_per_mask, readable
 
@@ -45,12 +45,14 @@ class Visibility(NamedTuple):
         return self._replace(window=window)
 
 
-def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bool = False) -> Visibility:
+def visibility(
+    attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bool = False, reader: nn.Module | None = None
+) -> Visibility:
     """Reads a mask of the original, once per mask object: layers that share one share the result.
 
-    Synchronises once for a mask object, and again after an edit in place. Inference tensors keep no version,
-    so an edit of one of them goes unnoticed. Under torch.compile, CUDA graph capture and on the meta device entries
-    can't be read: then any mask serves as a mask, and its future may be visible.
+    Synchronises once for a mask object, and again after an edit in place; once for each forward in which the layers
+    that name themselves share an inference tensor, of which no edit shows. Under torch.compile, CUDA graph capture and
+    on the meta device entries can't be read: then any mask serves as a mask, and its future may be visible.
 
     Args:
         attn_mask: None (causal), or (1|T, 1|S, 1|B), or for all queries alike (1|S, 1|B); bool or uint8,
@@ -60,6 +62,7 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bo
         B: Batch size.
         batch_first: Whether attn_mask is that of NVIDIA's version in place of these: (1|B, 1|T, 1|S), or for all
             sequences alike (1|T, 1|S).
+        reader: The layer that asks.
 
     Raises:
         TypeError: attn_mask is not a bool or uint8 tensor.
@@ -78,7 +81,7 @@ def visibility(attn_mask: Tensor | None, T: int, S: int, B: int, batch_first: bo
         )
     if not T * S * B:
         return Visibility()
-    return _read(attn_mask, T, S, batch_first) if readable(attn_mask) else _as_mask(hidden, future=True)
+    return _read(attn_mask, T, S, batch_first, reader=reader) if readable(attn_mask) else _as_mask(hidden, future=True)
 
 
 def _as_mask(hidden: Tensor, future: bool) -> Visibility:

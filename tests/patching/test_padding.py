@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.patching.tools import reads
-from txl_kernels.patching.masks import window_of
+from txl_kernels.patching.masks import allowed, window_of
 from txl_kernels.patching.padding import key_padding, of_rows, window_and_key_padding
 
 B, S = 4, 6
@@ -46,6 +46,21 @@ def test_layers_read_a_mask_once():
     assert reads(lambda: key_padding(valid[:, None][:, 0])) == 0
     assert torch.equal(key_padding(valid[:, None][:, 0]).key_lengths, LENGTHS)
     assert reads(lambda: key_padding(mask())) == 1
+
+
+def test_layers_read_an_inference_tensor_once_a_forward():
+    """An edit of it does not show."""
+    layers = [torch.nn.Identity() for _ in range(3)]
+
+    def forward(hidden):
+        return [key_padding(allowed(hidden, reader=layer), layer).key_lengths for layer in layers]
+
+    with torch.inference_mode():
+        hidden = ~mask()
+        for _ in range(2):
+            assert reads(lambda: forward(hidden)) == 1
+        hidden[0, 3:] = True
+        assert [lengths.tolist() for lengths in forward(hidden)] == [[3, 4, 1, 0]] * 3
 
 
 def test_an_edit_is_seen():

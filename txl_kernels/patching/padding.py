@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from txl_kernels.patching import masks
 from txl_kernels.per_mask import once_per_mask, readable
@@ -27,30 +27,37 @@ class KeyPadding(NamedTuple):
         return {"key_lengths": self.key_lengths, "attn_mask": self.attn_mask}
 
 
-def key_padding(valid: Tensor) -> KeyPadding:
+def key_padding(valid: Tensor, reader: nn.Module | None = None) -> KeyPadding:
     """Reads a mask of keys; layers that are handed the same tensor, or views of it, read it once between them.
 
-    Synchronises once for a mask object, and again after an edit in place. Under torch.compile and CUDA graph capture,
+    Synchronises once for a mask object, and again after an edit in place; for an inference tensor once a forward, if
+    the layers that share it name themselves. Under torch.compile and CUDA graph capture,
     where entries can't be read, the mask serves as a mask.
 
     Args:
         valid: (B, S) bool, True = may attend; of a mask that has it the other way round, `masks.allowed` of it.
+        reader: The layer that asks.
     """
-    return _as_padding(_read(valid) if _has_entries(valid) else None, valid)
+    return _as_padding(_read(valid, reader=reader) if _has_entries(valid) else None, valid)
 
 
-def window_and_key_padding(visible: Tensor | None, valid: Tensor | None) -> tuple[tuple[int, int] | None, KeyPadding]:
+def window_and_key_padding(
+    visible: Tensor | None, valid: Tensor | None, reader: nn.Module | None = None
+) -> tuple[tuple[int, int] | None, KeyPadding]:
     """`masks.window_of` one mask and `key_padding` of another, in one synchronisation.
 
     Args:
         visible: (T, S) bool, True = may attend, or None.
         valid: (B, S), as in `key_padding`, or None.
+        reader: The layer that asks.
     """
     if valid is None:
-        return None if visible is None else masks.window_of(visible), KeyPadding(None, None)
+        return None if visible is None else masks.window_of(visible, reader=reader), KeyPadding(None, None)
     if visible is None:
-        return None, key_padding(valid)
-    window, lengths = _read_both(visible, valid) if _has_entries(visible) and _has_entries(valid) else (None, None)
+        return None, key_padding(valid, reader)
+    if not (_has_entries(visible) and _has_entries(valid)):
+        return None, _as_padding(None, valid)
+    window, lengths = _read_both(visible, valid, reader=reader)
     return window, _as_padding(lengths, valid)
 
 

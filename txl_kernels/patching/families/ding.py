@@ -25,7 +25,7 @@ def attention(
     u and v are the content and position bias, (H, D); mask (T, S, 1|B) is True where hidden.
     """
     (T, B, _), S = inputs.shape, full_input.shape[0]
-    visible = Visibility(future=T > 1) if mask is None else visibility(mask, T, S, B)
+    visible = Visibility(future=T > 1) if mask is None else visibility(mask, T, S, B, reader=self)
     if visible.future and self.head_dim > 128:
         warn_own(self, "a head size above 128 where the future is visible")
         return original(inputs, pos_embedding, full_input, u, v, mask)

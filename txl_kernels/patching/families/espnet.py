@@ -48,7 +48,7 @@ def _attend(
     r = self.linear_pos(pos_emb).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
     if self.zero_triu:  # no position term for the future, as for any distance outside r
         r = r[..., :S, :]
-    visible = _visible(mask, q.shape[0])
+    visible = _visible(self, mask, q.shape[0])
     out = rel_attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
@@ -62,12 +62,12 @@ def _attend(
     return self.linear_out(out.transpose(1, 2).flatten(2))
 
 
-def _visible(mask: Tensor | None, B: int) -> KeyPadding:
+def _visible(self: nn.Module, mask: Tensor | None, B: int) -> KeyPadding:
     if mask is None:
         return KeyPadding(None, None)
     mask = mask.bool()[:, None]
     keys = of_rows(mask)
-    return KeyPadding(None, mask) if keys is None or keys.shape[0] < B else key_padding(keys)
+    return KeyPadding(None, mask) if keys is None or keys.shape[0] < B else key_padding(keys, self)
 
 
 def pad_mask(lengths: Tensor | list[int], *args, **kwargs) -> Tensor:

@@ -36,10 +36,10 @@ def attention(
     else:
         r = positions.unflatten(-1, (self.num_heads, self.d_k)).transpose(1, 2)
         r, u, w, r_bias = (r if r.shape[0] > 1 else r[0]), self.pos_bias_u, self.pos_bias_v, None
-    keys = key_padding(allowed(mask))
+    keys = key_padding(allowed(mask, reader=self), self)
     visible = keys.attn_mask
     if chunk_mask is not None:
-        chunks = allowed(chunk_mask)[None, None]
+        chunks = allowed(chunk_mask, reader=self)[None, None]
         visible = chunks if visible is None else chunks & visible
     out = rel_attention(
         *(q, k, v, r, u, w),

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
 from txl_kernels.patching.masks import allowed
-from txl_kernels.patching.padding import key_padding
+from txl_kernels.patching.padding import KeyPadding, key_padding
 from txl_kernels.patching.replacement import Replacement, warn_own
 
 
@@ -31,13 +31,15 @@ def attention(
     )
     # zero_triu zeroes the position terms of the future, as rows that are not there do
     r = _heads(self, self.linear_pos(pos_emb[:S] if self.zero_triu else pos_emb))
-    padding = None if key_padding_mask is None else key_padding(allowed(key_padding_mask.bool()))
+    padding = KeyPadding(None, None)
+    if key_padding_mask is not None:
+        padding = key_padding(allowed(key_padding_mask.bool(), reader=self), self)
     out = rel_attention(
         *(q, k, v, r if r.shape[0] > 1 else r[0], self.pos_bias_u, self.pos_bias_v),
         is_causal=False,
         dropout_p=self.dropout.p if self.training else 0.0,
         first_distance=S - 1,
-        **({} if padding is None else padding.visible()),
+        **padding.visible(),
     )
     self.attn = None
     return self.linear_out(out.permute(2, 0, 1, 3).flatten(2)), None

@@ -29,7 +29,7 @@ def gemma3n_attention(self: nn.Module, original, hidden_states: Tensor, mask: Te
     positions = self.relative_position_embedding
     distances = torch.arange(L, -R - 1, -1, device=q.device)[None]
     r = positions.pos_proj(positions._get_timing_signal_1d_pos(distances, q.dtype))
-    return _attend(self, q, k, v, r, (L, R), key_padding(allowed(mask)))
+    return _attend(self, q, k, v, r, (L, R), key_padding(allowed(mask, reader=self), self))
 
 
 def gemma4_attention(

@@ -102,7 +102,7 @@ def attention(
     key, value, query, cache = self.update_cache(key=key, value=value, query=query, cache=cache)
     if isinstance(mask, Tensor):
         one_row = mask.shape[1] > 1 and mask.stride(1) == 0  # all are the same memory
-        mask = Visible(attn_mask=allowed(mask[:, :1] if one_row else mask)[:, None])
+        mask = Visible(attn_mask=allowed(mask[:, :1] if one_row else mask, reader=self)[:, None])
     with avoid_float16_autocast_context():
         out = self.linear_out(_attend(self, query, key, value, pos_emb, mask or Visible()))
     return out if cache is None else (out, cache)
@@ -125,7 +125,7 @@ def local_attention(
     if cache is not None or _not_local(self):
         return original(query, key, value, pad_mask, pos_emb, cache)
     left, right = self.att_context_size
-    keys = key_padding(allowed(pad_mask))
+    keys = key_padding(allowed(pad_mask, reader=self), self)
     visible = Visible((left, right), keys.attn_mask, keys.key_lengths, pad_mask)
     with avoid_float16_autocast_context():
         out = _attend(self, query, key, value, pos_emb, visible, first_distance=left)

@@ -50,9 +50,9 @@ def attention(
         v = v + self.value_bias_weight.view(H, 1, -1)
     r = self.linear_pos(pos_embs).view(2 * S - 1, H, -1).transpose(0, 1)
 
-    mask, visible = (None, None) if attn_mask is None else _dense(attn_mask, H)
-    valid = None if key_padding_mask is None else allowed(key_padding_mask)
-    window, padding = window_and_key_padding(visible, valid)
+    mask, visible = (None, None) if attn_mask is None else _dense(self, attn_mask)
+    valid = None if key_padding_mask is None else allowed(key_padding_mask, reader=self)
+    window, padding = window_and_key_padding(visible, valid, self)
     if mask is not None and padding.attn_mask is not None:
         mask = _both(mask, padding.attn_mask)
     out = rel_attention(
@@ -68,13 +68,12 @@ def attention(
     return out if return_attn_weights is False else (out, None)
 
 
-def _dense(attn_mask: Tensor, H: int) -> tuple[Tensor, Tensor | None]:
+def _dense(self: nn.Module, attn_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """attn_mask as in `rel_attention`, and what `window_and_key_padding` takes of it."""
-    mask = allowed(attn_mask) if attn_mask.dtype is torch.bool else attn_mask.float()  # integers are added, too
-    if attn_mask.ndim == 3:
-        return mask.unflatten(0, (-1, H)), None
     hides = attn_mask.dtype is torch.bool or attn_mask.is_floating_point()
-    return mask[None, None], allowed(attn_mask) if hides else None
+    visible = allowed(attn_mask, reader=self) if hides else None
+    mask = visible if attn_mask.dtype is torch.bool else attn_mask.float()  # integers are added, too
+    return (mask.unflatten(0, (-1, self.num_heads)), None) if attn_mask.ndim == 3 else (mask[None, None], visible)
 
 
 def _both(mask: Tensor, padding: Tensor) -> Tensor:

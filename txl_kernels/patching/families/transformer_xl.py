@@ -80,7 +80,7 @@ def visibility_of(
         batch_first = may_be_batch_first and _fits(attn_mask, (B, T, S) if attn_mask.ndim == 3 else (T, S))
         if time_major == batch_first:
             return warn_own(layer, "a mask whose axes its shape doesn't tell")
-        visible = visibility(attn_mask, T, S, B, batch_first)
+        visible = visibility(attn_mask, T, S, B, batch_first, reader=layer)
     if visible.future and layer.d_head > 128:
         return warn_own(layer, "a head size above 128 where the future is visible")
     return visible
