@@ -122,7 +122,8 @@ def test_truncated(what, kind, tmp_path):
     lengths = {*range(64), *range(64, len(whole), 997), *range(len(whole) - 32, len(whole))}
     for length in sorted(lengths):
         (tmp_path / "cut.pt").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.pt: "):
+        reason = r"cut\.pt: .*[^: ]$" if length else r"cut\.pt: expected a file of torch\.save, got an empty one"
+        with pytest.raises(CheckpointError, match=reason):
             load_original(tmp_path / "cut.pt", **arguments)
 
 
@@ -167,7 +168,7 @@ def module_of_torchscript(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: p.write_bytes(b""), "not written by torch.save"),
+        (lambda p: p.write_bytes(b""), "got an empty one"),
         (lambda p: p.write_text("A text about transformers.\n" * 40), "not written by torch.save"),
         (lambda p: p.write_text('{"model_type": "transfo-xl"}'), "not written by torch.save"),
         (lambda p: p.write_bytes(bytes(1000)), "not written by torch.save"),

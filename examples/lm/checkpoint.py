@@ -33,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
         try:
             contents = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of about every kind, by where the damage is
-            reason = str(error).split("\n")[0][:200]
+            reason = str(error).split("\n")[0][:200] or type(error).__name__
             raise ValueError(
                 f"{path}: expected a checkpoint, got a file that is cut off or damaged ({reason})"
             ) from error

@@ -121,7 +121,8 @@ def _unpickle(file: BinaryIO, allowed: Mapping[str, Any] | None = None, storages
     except CheckpointError:
         raise
     except Exception as error:  # damaged pickles raise nearly anything
-        raise CheckpointError(f"damaged, truncated, or not written by torch.save: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"damaged, truncated, or not written by torch.save: {reason}") from error
 
 
 def _fill(storage: Storage, file: BinaryIO, file_size: int) -> None:

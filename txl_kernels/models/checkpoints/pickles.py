@@ -57,6 +57,8 @@ def read_pickle(path: Path) -> Any:
     }
     with path.open("rb") as file:
         head = file.read(512)
+    if not head:
+        raise CheckpointError("expected a file of torch.save, got an empty one")
     if head[257:262] == b"ustar":
         raise CheckpointError("expected a file of PyTorch 0.4 or newer, got the tar format of PyTorch 0.1")
     return _read_zip(path, classes) if head.startswith(b"PK\x03\x04") else read_legacy(path, classes)
