@@ -82,7 +82,8 @@ KERNELS = {
     "ranges: first tile skipped": ("forward_kernel.py", "tl.maximum(start, first)", "tl.maximum(start, first + BLOCK_N)"),
     "ranges: too many keys": ("forward_kernel.py", "tl.minimum(end, first + range_keys)", "end"),
     "descriptors: keys beyond the lengths kept": ("primitives.py", "if EDGE and CUT:", "if False:"),
-    "descriptors: rows of the future read": ("launch.py", "self.inputs.r[:, :, : self.r_rows]", "self.inputs.r"),
+    "descriptors: rows of the future read": ("launch.py", "self._r_table[:, :, : self.r_rows]", "self._r_table"),
+    "aligned copies: a column short": ("launch.py", "[..., :width].copy_(x)", "[..., :width].copy_(x).index_fill_(-1, torch.tensor([width - 1]), 0)"),
     "log-sum-exp: dead rows count": ("vector_kernels.py", 'tl.where(empty, float("inf"), lse.to', 'tl.where(empty, float("-inf"), lse.to'),
 }  # fmt: skip
 
@@ -105,6 +106,8 @@ PATCHES = {
     "per mask: edit unnoticed": ("per_mask", "per_mask.py", "else mask._version", "else -1"),
     "per mask: views of one shape confused": ("padding", "per_mask.py", "mask.stride(), mask.storage_offset()", "mask.stride(), 0"),
     "per mask: second mask confused": ("padding", "per_mask.py", "return WeakIdRef(_base(mask)), version", "return version"),
+    "per mask: one layer reads for all forwards": ("padding", "per_mask.py", "(reader is None or reader in readers)", "reader is None"),
+    "patch: wide heads": ("xlnet", "patching/patch.py", "if size > MAX_HEAD_SIZE", "if size > 2 * MAX_HEAD_SIZE"),
     "per mask: inference tensors kept": ("padding", "per_mask.py", "torch.is_inference_mode_enabled())", "None)"),
     "dead rows: sum of values": ("wav2vec2_conformer", "patching/dead_rows.py", "v.mean(2", "v.sum(2"),
     "dead rows: values of the wrong head": ("parakeet", "patching/dead_rows.py", "mean.repeat_interleave(out.shape[1] // v.shape[1], dim=1)", "mean.repeat(1, out.shape[1] // v.shape[1], 1, 1)"),
@@ -112,7 +115,7 @@ PATCHES = {
     "Transformer-XL: hook of the projection left out": ("transformer_xl", "patching/families/transformer_xl.py", "not (net._forward_hooks or", "not (None or"),
     "Transformer-XL: no mask taken for a causal one": ("transformer_xl", "patching/families/transformer_xl.py", "Visibility(future=True)", "Visibility()"),
     "Transformer-XL: NVIDIA's axes not told": ("transformer_xl", "patching/families/transformer_xl.py", "if time_major == batch_first:", "if False:"),
-    "XLNet: memory of the other type": ("xlnet", "patching/families/xlnet.py", "nn.functional.pad(token_type_ids, (M, 0))", "nn.functional.pad(token_type_ids, (M, 0), value=1)"),
+    "XLNet: memory of the other type": ("xlnet", "patching/families/xlnet.py", "nn.functional.pad(types, (M, 0))", "nn.functional.pad(types, (M, 0), value=1)"),
     "XLNet: second stream sees itself": ("xlnet", "patching/families/xlnet.py", "visible._replace(itself=None)", "visible"),
     "XLNet: score of itself of another segment": ("xlnet", "patching/families/xlnet.py", "score + segments[..., 0]", "score + segments[..., 1]"),
     "XLNet: own weight never dropped": ("xlnet", "patching/families/xlnet.py", "nn.functional.dropout(weight, dropout_p)", "weight"),
@@ -169,7 +172,7 @@ def outcome(mutation: Mutation, cache: str) -> str:
     """What the tests say to the mutation in a copy of the project; those that failed before go first."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for name in ("txl_kernels", "reference", "tests"):
+        for name in ("txl_kernels", "reference", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / mutation.file
