@@ -121,6 +121,14 @@ def test_options(options, T):
     assert_same_when_patched(make_attention(**options), run_self, {"x": x})
 
 
+@pytest.mark.parametrize("kind", ["float 3-D", "bytes"])
+def test_masks_that_are_added_are_not_inverted(kind, monkeypatch):
+    """Where they tell no window, a tensor as large as they are would be made for nothing."""
+    monkeypatch.setattr("txl_kernels.patching.families.speechbrain.allowed", None)
+    mask = attn_mask(kind, 9, 9)
+    assert_same_when_patched(make_attention(), lambda m, x: run_self(m, x, attn_mask=mask), {"x": torch.randn(2, 9, C)})
+
+
 def test_rows_without_a_visible_key_are_zeros():
     """The projection's bias, that is. Its own gradient is NaN there."""
     model, x = make_attention(), torch.randn(2, 9, C)

@@ -70,10 +70,10 @@ def attention(
 
 def _dense(self: nn.Module, attn_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """attn_mask as in `rel_attention`, and what `window_and_key_padding` takes of it."""
-    hides = attn_mask.dtype is torch.bool or attn_mask.is_floating_point()
-    visible = allowed(attn_mask, reader=self) if hides else None
-    mask = visible if attn_mask.dtype is torch.bool else attn_mask.float()  # integers are added, too
-    return (mask.unflatten(0, (-1, self.num_heads)), None) if attn_mask.ndim == 3 else (mask[None, None], visible)
+    is_bool, is_shared = attn_mask.dtype is torch.bool, attn_mask.ndim == 2
+    visible = allowed(attn_mask, reader=self) if is_bool or (is_shared and attn_mask.is_floating_point()) else None
+    mask = visible if is_bool else attn_mask.float()  # integers are added, too
+    return (mask[None, None], visible) if is_shared else (mask.unflatten(0, (-1, self.num_heads)), None)
 
 
 def _both(mask: Tensor, padding: Tensor) -> Tensor:
