@@ -7,7 +7,7 @@ import torch
 
 from tests.compile.ahead_of_time import Launch, record_launches
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend import call, launch
 from txl_kernels.triton_backend.launch_table import Launch as Row
 from txl_kernels.triton_backend.launch_table import launch_for
 
@@ -73,7 +73,7 @@ def launches(
         out, lse = launch.forward(inputs, options)
         launch.backward(q, None, inputs, out, lse, options, needs_grad)
 
-    generations = mock.patch.object(launch, "generation_of", return_value=generation)
-    rows = mock.patch.object(launch, "launch_for", side_effect=launch_for if row is None else lambda *_: row)
+    generations = mock.patch.object(call, "generation_of", return_value=generation)
+    rows = mock.patch.object(call, "launch_for", side_effect=launch_for if row is None else lambda *_: row)
     with generations, rows:
         return {x.kernel.__name__: x for x in record_launches(run)}

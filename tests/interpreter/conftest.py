@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend import call, ranges
 from txl_kernels.triton_backend.launch_table import Launch
 
 
@@ -31,22 +31,33 @@ def use_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
     def use(block_m: int, block_n: int) -> None:
         row = Launch(block_m, block_n, num_warps=4, num_stages=1, descriptors=request.param)
-        monkeypatch.setattr(launch, "launch_for", lambda *_: row)
+        monkeypatch.setattr(call, "launch_for", lambda *_: row)
+
+    return use
+
+
+@pytest.fixture
+def use_ranges(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes the backward go through ranges of this many queries and, in 16 bits, pairs."""
+
+    def use(queries: int, pairs: int) -> None:
+        for name, value in {"ALIGNMENT": 16, "QUERIES": queries, "WORKSPACE": 2 * pairs}.items():
+            monkeypatch.setattr(ranges, name, value)
 
     return use
 
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what torch.empty and torch.empty_like return with NaN, so that an element left unwritten shows."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
+    """Fills what torch.empty, empty_like and new_empty return with NaN, so that an element left unwritten shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
 
         def poisoned(*args, _original=original, **kwargs):
             x = _original(*args, **kwargs)
             return x.fill_(float("nan")) if x.is_floating_point() else x
 
-        monkeypatch.setattr(torch, name, poisoned)
+        monkeypatch.setattr(owner, name, poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from reference.eager import rel_attention_eager
 from tests.accuracy import assert_all_close_to_truth, outputs_and_gradients, truth_and_reference
 from tests.contract import FEATURES, compatible, make_problem, pairs
 from txl_kernels import dropout, rel_attention
-from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend import call, launch
 from txl_kernels.triton_backend.launch_table import Launch
 
 triton_attention = functools.partial(rel_attention, backend="triton")
@@ -77,6 +77,28 @@ def test_each_gradient_alone(name, use_tiles):
             given["segment"] = (given.pop("segment_scores"), *given.pop("segment_ids"))
         (got,) = torch.autograd.grad(triton_attention(**given), [alone[wanted]], dout)
         assert torch.equal(got, together[wanted]), wanted
+
+
+# (queries of a range, pairs that the workspace holds): why, for 2 x 2 heads of 37 queries and 57 keys
+RANGES = {
+    "queries": (16, 2**20),
+    "heads": (64, 3000),
+    "batch elements": (64, 6000),
+    "keys": (64, 1000),
+    "queries, keys and heads": (16, 600),
+}
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize("name", [*TOGETHER, "window", "right window", "nothing"])
+def test_ranges_of_the_workspace(name, ranges, use_tiles, use_ranges):
+    """Sums over ranges of pairs, whatever these divide."""
+    use_tiles(16, 16)
+    use_ranges(*RANGES[ranges])
+    features = TOGETHER.get(name, {name} - {"nothing"})
+    if name == "right window":
+        features = features | {"bidirectional"}
+    check(features, T=37, M=20, **HALF)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -301,12 +323,12 @@ def random_problem(data):
 
 def check_random_problem(data):
     features, sizes, tile = random_problem(data)
-    original = launch.launch_for
-    launch.launch_for = lambda *_: Launch(*tile, num_warps=4, num_stages=1)
+    original = call.launch_for
+    call.launch_for = lambda *_: Launch(*tile, num_warps=4, num_stages=1)
     try:
         check(features, seed=data.draw(st.integers(0, 99)), **sizes, **HALF)
     finally:
-        launch.launch_for = original
+        call.launch_for = original
 
 
 @given(st.data())

@@ -12,7 +12,7 @@ from tests.accuracy import (
     truth_and_reference,
 )
 from txl_kernels import rel_attention
-from txl_kernels.triton_backend import launch
+from txl_kernels.triton_backend import call, launch
 
 
 def triton_attention(**kwargs):
@@ -78,9 +78,9 @@ def test_rows_that_do_not_start_on_16_bytes(D, use_tiles, monkeypatch):
     inputs = make_inputs(2, 2, 37, 21, D, dtype=torch.float16, layout="tbhd")
     dout = torch.randn(inputs["q"].shape).half()
     wanted = outputs_and_gradients(triton_attention, inputs, dout)
-    monkeypatch.setattr(launch, "generation_of", lambda device: "sm_90")
+    monkeypatch.setattr(call, "generation_of", lambda device: "sm_90")
     described = []
-    monkeypatch.setattr(launch, "TensorDescriptor", lambda *args: described.append(args) or TensorDescriptor(*args))
+    monkeypatch.setattr(call, "TensorDescriptor", lambda *args: described.append(args) or TensorDescriptor(*args))
     got = outputs_and_gradients(triton_attention, inputs, dout)
     assert described
     for name in wanted:

@@ -1,4 +1,4 @@
-"""The gradients of k and v, and the keys' share of the content bias gradient, one program per key tile."""
+"""The gradients of k and v, one program per key tile, and of the scores, which the other passes go on from."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,9 @@ from txl_kernels.triton_backend.primitives import (
     position_block,
     rotate_down,
     select_block,
+    store_row,
     store_rows,
+    store_scores,
 )
 from txl_kernels.triton_backend.scores import dropout_key, gradients
 
@@ -32,6 +34,9 @@ def _dkv_tile(
     table,
     terms,
     stats,
+    ds_matrix,
+    i_first,
+    column,
     i0,
     offs_n,
     row0,
@@ -46,7 +51,7 @@ def _dkv_tile(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of queries, its scores transposed so that they are the left operands of dK and dV."""
+    """One tile of queries, its scores transposed so that they are the left operands of dK and dV; ds is stored."""
     offs_m = i0 + tl.arange(0, BLOCK_M)
     q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
     q_position = q
@@ -81,7 +86,9 @@ def _dkv_tile(
     colsum += tl.sum(ds, 1)  # here, which saves registers
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    ds = ds.to(q.dtype)
+    store_scores(ds_matrix, ds, i0 - i_first, column)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv, colsum
 
 
@@ -93,6 +100,7 @@ def _dkv_tile(
         "stride_rb", "stride_rh", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm",
         "stride_dob", "stride_doh", "stride_dkb", "stride_dkh", "stride_dvb", "stride_dvh",
         "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
+        "b_first", "h_first", "n_heads", "i_first", "i_last", "j_first", "j_last",
     ]
 )  # fmt: skip
 def backward_dkv_kernel(
@@ -115,6 +123,7 @@ def backward_dkv_kernel(
     dk_ptr,
     dv_ptr,
     du_ptr,
+    ds_ptr,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -143,6 +152,7 @@ def backward_dkv_kernel(
     stride_dvb,
     stride_dvh,
     stride_dvn,
+    stride_ds,
     H,
     group,
     T,
@@ -155,6 +165,14 @@ def backward_dkv_kernel(
     softcap,
     keep_below,
     keep_scale,
+    b_first,
+    h_first,
+    n_heads,
+    i_first,
+    i_last,
+    j_first,
+    j_last,
+    ADD: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -165,18 +183,22 @@ def backward_dkv_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys, from one query head. Grid: (key tiles * B * H,), the keys with most queries first.
+    """dk and dv of BLOCK_N keys, from the queries of one head in the range, and ds of all its pairs that somebody sees.
+
+    Grid: (key tiles * heads * batch elements of the range,), the keys with most queries first.
 
     dv_j = sum_i p[i, j] do_i and dk_j = scale sum_i ds[i, j] q_i, (B, H, S, D). The column sums of ds give this
-    tile's share of du = scale sum_{b, j} (sum_i ds[i, j]) k_j, stored in du (B, H, key tiles, D) in float32.
+    tile's share of du = scale sum_{b, j} (sum_i ds[i, j]) k_j, in du (B, H, key tiles, D) in float32. With ADD all
+    three are added to what earlier ranges left.
     """
-    n_key_tiles = tl.cdiv(S, BLOCK_N)
+    n_key_tiles = tl.cdiv(j_last - j_first, BLOCK_N)
     pid = tl.program_id(0)
-    key_tile = pid % n_key_tiles
-    j0 = key_tile * BLOCK_N
-    bh = (pid // n_key_tiles).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    column = pid % n_key_tiles * BLOCK_N
+    j0 = j_first + column
+    slot = (pid // n_key_tiles).to(tl.int64)
+    b = b_first + slot // n_heads
+    h = h_first + slot % n_heads
+    ds_matrix = (ds_ptr + slot * (i_last - i_first) * stride_ds, stride_ds, i_last - i_first)
 
     keys = key_count(lengths_ptr, b, S)
     bounds = (keys, begin, reach)
@@ -206,7 +228,7 @@ def backward_dkv_kernel(
         (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
         softcap, T, S,
     )  # fmt: skip
-    stats = (lse_ptr, rest_ptr, delta_ptr, bh * T)
+    stats = (lse_ptr, rest_ptr, delta_ptr, lane * T)
 
     offs_n = j0 + tl.arange(0, BLOCK_N)
     k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D)
@@ -217,16 +239,16 @@ def backward_dkv_kernel(
 
     # Some query of each tile from `first` on, n_tiles of them, sees a key; in the tiles [lower, upper) of these every
     # query sees all. Hidden keys beyond `keys` are cleared at the end, and queries beyond T have p = ds = 0.
-    first = tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M
-    last = T
+    first = tl.maximum(i_first, tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M)
+    last = i_last
     if begin is not None:
-        last = tl.minimum(T, j0 + BLOCK_N - begin)
+        last = tl.minimum(i_last, j0 + BLOCK_N - begin)
     n_tiles = tl.where(j0 < keys, tl.cdiv(tl.maximum(0, last - first), BLOCK_M), 0)
     lower = tl.minimum(n_tiles, tl.cdiv(tl.maximum(0, j0 + BLOCK_N - reach - first), BLOCK_M))
     upper = n_tiles
     if begin is not None:
         seen_by_all = j0 - begin + 1
-        upper = tl.where(seen_by_all >= T, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
+        upper = tl.where(seen_by_all >= i_last, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
         upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
     # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
     # hoists out of the edges.
@@ -236,27 +258,27 @@ def backward_dkv_kernel(
     for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
         i0 = first + tile * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
-            i0, offs_n, c - i0, bounds, scale,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats, ds_matrix,
+            i_first, column, i0, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
     for edge in tl.range(0, n_tiles - (upper - lower), num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
         i0 = first + edge_tile(edge, lower, upper) * BLOCK_M
         dk, dv, colsum = _dkv_tile(
-            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats,
-            i0, offs_n, c - i0, bounds, scale,
+            dk, dv, colsum, k, v, q_matrix, q_pos_matrix, do_matrix, table, terms, stats, ds_matrix,
+            i_first, column, i0, offs_n, c - i0, bounds, scale,
             D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
         )  # fmt: skip
 
     if lengths_ptr is not None:
         dk = tl.where((offs_n < keys)[:, None], dk, 0.0)
         dv = tl.where((offs_n < keys)[:, None], dv, 0.0)
-    store_rows(dk_matrix, dk * scale, offs_n, D, BLOCK_D)
-    store_rows(dv_matrix, dv, offs_n, D, BLOCK_D)
+    store_rows(dk_matrix, dk * scale, offs_n, D, BLOCK_D, ADD)
+    store_rows(dv_matrix, dv, offs_n, D, BLOCK_D, ADD)
     if du_ptr is not None:
-        offs_d = tl.arange(0, BLOCK_D)
         colsum = tl.where(offs_n < keys, colsum, 0.0)
         # Loaded again, which saves the registers that hold k in the loop; no row where no query sees the tile.
         k = load_rows(k_matrix, tl.where(n_tiles > 0, j0, S), BLOCK_N, D, BLOCK_D)
         du = tl.sum(colsum[:, None] * k.to(tl.float32), 0) * scale
-        tl.store(du_ptr + (bh * n_key_tiles + key_tile) * D + offs_d, du, mask=offs_d < D)
+        row = lane * tl.cdiv(S, BLOCK_N) + j0 // BLOCK_N
+        store_row(du_ptr + row * D, du, D, BLOCK_D, ADD)

@@ -1,163 +1,112 @@
-"""The gradients of q, q_pos and the segment scores, one program per query tile."""
+"""The gradients of q, q_pos, the position bias and the segment scores from ds, one program per query tile."""
 
 import triton
 import triton.language as tl
 
 from txl_kernels.triton_backend.primitives import (
-    collect,
+    edge_tile,
     head_matrix,
     head_pointer,
     key_count,
-    load_row_stats,
+    load_raw_scores,
     load_rows,
-    position_block,
-    shift_in,
+    load_scores,
+    scores_matrix,
+    store_row,
     store_rows,
+    visible_mask,
 )
-from txl_kernels.triton_backend.scores import dropout_key, gradients, same_segment
+from txl_kernels.triton_backend.scores import same_segment
 
 
 @triton.jit
-def _add_position_part(
+def _content_tile(
     grads,
-    ds_raw,
-    table,
-    first,
-    ROWS: tl.constexpr,
-    DR: tl.constexpr,
-    BLOCK_DR: tl.constexpr,
+    ds_matrix,
+    k_matrix,
+    terms,
+    i0,
+    j0,
+    j_first,
+    bounds,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    SEPARATE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Adds the product of a finished block of ds with its rows of r: to dq, or to dq_pos where that is SEPARATE."""
-    matrix, _ = table
-    if matrix[0] is not None:
-        # (M, N) x (N, DR) -> (M, DR)
-        r = load_rows(matrix, first, ROWS, DR, BLOCK_DR)
-        part = tl.dot(ds_raw, r, grads[1] if SEPARATE else grads[0], input_precision=PRECISION)
-        grads = (grads[0], part) + grads[2:] if SEPARATE else (part,) + grads[1:]
+    """One tile of keys: its part of dq, and of the sums over the keys of the query's segment and over the others."""
+    offs_m = (i0 + tl.arange(0, BLOCK_M))[:, None]
+    offs_n = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    ds = load_scores(ds_matrix, i0, j0, BLOCK_M, BLOCK_N)
+    if MASKED:
+        ds = tl.where(visible_mask(offs_m, offs_n, bounds), ds, 0.0)
+    k = load_rows(k_matrix, j_first + j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
+    # (M, N) x (N, D) -> (M, D)
+    dq = tl.dot(ds, k, grads[0], input_precision=PRECISION)
+    if terms[0][0] is None:
+        grads = (dq,)
+    else:
+        same = same_segment(terms, offs_m, offs_n)
+        ds = ds.to(tl.float32)
+        grads = dq, grads[1] + tl.sum(tl.where(same, ds, 0.0), 1), grads[2] + tl.sum(tl.where(same, 0.0, ds), 1)
     return grads
 
 
 @triton.jit
-def _dq_tile(
-    grads,
-    pending,
-    partial,
-    q,
-    q_position,
-    do,
-    lse,
-    rest,
-    delta,
-    k_matrix,
-    v_matrix,
-    table,
-    terms,
-    offs_m,
-    j0,
-    row0,
+def _position_tile(
+    dq,
+    ds_matrix,
+    r_matrix,
+    i0,
+    p0,
+    shift,
     bounds,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     DR: tl.constexpr,
     BLOCK_DR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    SEPARATE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of keys: its content part of dq, and the position part of the block of r that it completes."""
-    # (M, D) x (D, N) -> (M, N): content, position, dP
-    offs_n = j0 + tl.arange(0, BLOCK_N)
-    k = load_rows(k_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
-    ac = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
-    bd, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-    v = load_rows(v_matrix, j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    _, _, ds = gradients(
-        ac + bd,
-        dp,
-        lse[:, None],
-        rest[:, None],
-        delta[:, None],
-        terms,
-        offs_m[:, None],
-        offs_n[None, :],
-        bounds,
-        scale,
-        q.dtype,
-        MASKED,
-    )
-    if terms[0][0] is not None:
-        same = same_segment(terms, offs_m[:, None], offs_n[None, :])
-        same_sum = grads[len(grads) - 2] + tl.sum(tl.where(same, ds, 0.0), 1)
-        grads = grads[: len(grads) - 2] + (same_sum, grads[len(grads) - 1] + tl.sum(tl.where(same, 0.0, ds), 1))
-    ds = ds.to(k.dtype)
-    # (M, N) x (N, D) -> (M, D): content, position
-    grads = (tl.dot(ds, k, grads[0], input_precision=PRECISION),) + grads[1:]
-    ds_raw, partial = collect(ds, partial, BLOCK_M, BLOCK_N)
-    row0 -= len(partial) * BLOCK_N
-    grads = _add_position_part(grads, ds_raw, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION, SEPARATE)
-    return grads, pending, partial
+    """One tile of rows of r: its part of dq."""
+    ds = load_raw_scores(ds_matrix, i0, p0, shift, bounds, BLOCK_M, BLOCK_N, MASKED)
+    r = load_rows(r_matrix, p0, BLOCK_N, DR, BLOCK_DR)
+    if MASKED and bounds[1] is not None:  # rows that no pair uses may hold NaN
+        r = tl.where((p0 + tl.arange(0, BLOCK_N) >= bounds[1] + shift)[:, None], r, 0.0)
+    # (M, N) x (N, DR) -> (M, DR)
+    return tl.dot(ds, r, dq, input_precision=PRECISION)
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr",
-        "k_ids_ptr", "mask_ptr", "lengths_ptr", "seed_ptr", "do_ptr", "lse_ptr", "rest_ptr", "delta_ptr",
-        "dq_ptr", "dq_pos_ptr",
-        "dsegment_ptr", "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb",
-        "stride_rh", "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_dob",
-        "stride_doh", "stride_dqb", "stride_dqh", "stride_dpb", "stride_dph",
-        "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below",
+        "k_ptr", "r_ptr", "q_ids_ptr", "k_ids_ptr", "lengths_ptr",
+        "dq_ptr", "dq_pos_ptr", "dposition_bias_ptr", "dsegment_ptr",
+        "stride_kb", "stride_kh", "stride_rb", "stride_rh", "stride_dqb", "stride_dqh", "stride_dpb", "stride_dph",
+        "H", "group", "T", "S", "r_rows", "shift", "begin", "reach",
+        "b_first", "h_first", "n_heads", "i_first", "n_rows", "j_first", "j_last",
     ]
 )  # fmt: skip
 def backward_dq_kernel(
-    q_ptr,
+    ds_ptr,
+    ds_raw_ptr,
     k_ptr,
-    v_ptr,
     r_ptr,
-    r_bias_ptr,
-    q_pos_ptr,
-    segment_ptr,
     q_ids_ptr,
     k_ids_ptr,
-    mask_ptr,
     lengths_ptr,
-    seed_ptr,
-    do_ptr,
-    lse_ptr,
-    rest_ptr,
-    delta_ptr,
     dq_ptr,
     dq_pos_ptr,
+    dposition_bias_ptr,
     dsegment_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
+    stride_ds,
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
     stride_rb,
     stride_rh,
     stride_rp,
-    stride_pb,
-    stride_ph,
-    stride_pm,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_dob,
-    stride_doh,
-    stride_dom,
     stride_dqb,
     stride_dqh,
     stride_dqm,
@@ -168,14 +117,19 @@ def backward_dq_kernel(
     group,
     T,
     S,
-    P,
-    rel_offset,
+    r_rows,
+    shift,
     begin,
     reach,
     scale,
-    softcap,
-    keep_below,
-    keep_scale,
+    b_first,
+    h_first,
+    n_heads,
+    i_first,
+    n_rows,
+    j_first,
+    j_last,
+    ADD: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -186,111 +140,98 @@ def backward_dq_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """dq of BLOCK_M queries of one head. Grid: (query tiles * B * H,), longest rows first.
+    """dq of BLOCK_M queries of one head, from the keys of the range.
 
-    dq_i = scale (sum_j ds[i, j] k_j + sum_p ds_raw[i, p] r_p), ds_raw[i, p] = ds[i, j] at p = j - i + rel_offset:
-    one accumulator, unless dq_pos takes the second sum. The key loop is that of the forward; the products with r lag
-    behind it by the tiles that share a block of r. dsegment (B, H, T, 2) gets the sums of ds over the keys of the
-    query's segment and over the others, in float32.
+    Grid: (query tiles * heads * batch elements of the range,), longest rows first.
+
+    dq_i = scale (sum_p ds_raw[i, p] r_p + sum_j ds[i, j] k_j), ds_raw[i, p] = ds[i, j] at p = j - i + rel_offset: one
+    accumulator, unless dq_pos takes the first sum. That sum over the tile's queries is its share of the position bias
+    gradient, stored in dposition_bias (B, H, query tiles, D); dsegment (B, H, T, 2) gets the sums of ds over the keys
+    of the query's segment and over the others; both in float32. With ADD all are added to what earlier ranges left.
+
+    Inside, queries and keys count from i_first and j_first, and so do begin, reach and shift.
     """
-    n_tiles = tl.cdiv(T, BLOCK_M)
+    n_tiles = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
     i0 = (n_tiles - 1 - pid % n_tiles) * BLOCK_M
-    bh = (pid // n_tiles).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    i_end = tl.minimum(i0 + BLOCK_M, n_rows) - 1
+    slot = pid // n_tiles
+    b = (b_first + slot // n_heads).to(tl.int64)
+    h = (h_first + slot % n_heads).to(tl.int64)
+    lane = b * H + h
+    rows = i_first + i0 + tl.arange(0, BLOCK_M)
 
     keys = key_count(lengths_ptr, b, S)
-    bounds = (keys, begin, reach)
     CUT: tl.constexpr = lengths_ptr is not None
-    q_matrix = head_matrix(q_ptr, stride_qb, stride_qh, stride_qm, T, b, h, ALIGNED)
     k_matrix = head_matrix(k_ptr, stride_kb, stride_kh, stride_kn, keys, b, h // group, ALIGNED, CUT)
-    v_matrix = head_matrix(v_ptr, stride_vb, stride_vh, stride_vn, keys, b, h // group, ALIGNED, CUT)
-    # Rows of r in the future of every query are not read.
-    r_rows = tl.minimum(P, rel_offset + reach)
-    if r_ptr is not None:
-        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, r_rows, b, h, ALIGNED)
-    else:
-        r_matrix = (None, stride_rp, r_rows)
-    if r_bias_ptr is not None:
-        r_bias_ptr += h * P
-    table = r_matrix, r_bias_ptr
-    do_matrix = head_matrix(do_ptr, stride_dob, stride_doh, stride_dom, T, b, h, ALIGNED)
-    dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
-    lane = b * H + h
-    terms = (
-        (segment_ptr, q_ids_ptr, k_ids_ptr, lane * T, b * T, b * S),
-        (mask_ptr, b * stride_mb + h * stride_mh, stride_mm, stride_mn),
-        (seed_ptr, dropout_key(seed_ptr, lane), keep_below, keep_scale),
-        softcap, T, S,
-    )  # fmt: skip
-
-    offs_m = i0 + tl.arange(0, BLOCK_M)
-    q = load_rows(q_matrix, i0, BLOCK_M, D, BLOCK_D)
-    do = load_rows(do_matrix, i0, BLOCK_M, D, BLOCK_D)
-    lse, rest, delta = load_row_stats((lse_ptr, rest_ptr, delta_ptr, bh * T), offs_m, T)
-    # dq, then dq_pos, then the two sums for the segment scores: those that are asked for.
+    keys = tl.minimum(keys, j_last) - j_first
+    bounds = (keys, begin, reach)
     grads = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
-    q_position = q
-    SEPARATE: tl.constexpr = dq_pos_ptr is not None
-    if q_pos_ptr is not None:
-        q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
-        q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
-    if SEPARATE:
-        grads = grads + (tl.zeros((BLOCK_M, BLOCK_DR), tl.float32),)
-    if segment_ptr is not None:
-        grads = grads + (tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
 
-    # Some row sees keys of the tiles in [start, end), every row sees all keys in [lower, upper).
-    start, lower = 0, 0
-    if begin is not None:
-        start = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
-        lower = tl.cdiv(tl.maximum(0, tl.minimum(i0 + BLOCK_M, T) - 1 + begin), BLOCK_N) * BLOCK_N
-    upper = tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N
-    end = tl.maximum(start, tl.cdiv(tl.minimum(keys, i0 + BLOCK_M - 1 + reach), BLOCK_N) * BLOCK_N)
-
-    # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
-    # hoists out of the edges.
-    DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
-    EDGE_STAGES: tl.constexpr = None if DESCRIPTORS else 1
-    c = rel_offset - i0
-    GROUPS: tl.constexpr = (BLOCK_M + BLOCK_N - 1) // BLOCK_N
-    pending = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * GROUPS
-    partial = (tl.zeros((BLOCK_M, BLOCK_N), q.dtype),) * GROUPS
-    for e in tl.static_range(GROUPS):
-        row0 = c + start + (e - GROUPS) * BLOCK_N
-        raw = position_block(q_position, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION)
-        _, pending = shift_in(raw, pending, BLOCK_M, BLOCK_N)
-
-    if begin is not None:
-        for j0 in tl.range(start, tl.minimum(lower, end), BLOCK_N, num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
-            grads, pending, partial = _dq_tile(
-                grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-                offs_m, j0, c + j0, bounds, scale,
-                D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
+    if r_ptr is not None:
+        # Some query sees a key in `count` tiles of rows from `first` on, every query does in [lower, upper) of these.
+        raw_matrix = scores_matrix(ds_raw_ptr, stride_ds, n_rows, slot)
+        r_matrix = head_matrix(r_ptr, stride_rb, stride_rh, stride_rp, r_rows, b, h, ALIGNED)
+        seen_by_some, seen_by_all = -i_end, -i0
+        if begin is not None:
+            seen_by_some, seen_by_all = tl.maximum(seen_by_some, begin), tl.maximum(seen_by_all, begin)
+        first = tl.maximum(seen_by_some + shift, 0)
+        last = tl.minimum(tl.minimum(keys - i0, reach) + shift, r_rows)
+        count = tl.cdiv(tl.maximum(0, last - first), BLOCK_N)
+        lower = tl.minimum(count, tl.cdiv(tl.maximum(0, seen_by_all + shift - first), BLOCK_N))
+        upper = tl.maximum(0, tl.minimum(keys - i_end, reach) + shift - first) // BLOCK_N
+        upper = tl.where(i0 + BLOCK_M > n_rows, 0, tl.minimum(count, upper))
+        upper = tl.maximum(lower, upper)
+        dq_position = tl.zeros((BLOCK_M, BLOCK_DR), tl.float32)
+        for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
+            dq_position = _position_tile(
+                dq_position, raw_matrix, r_matrix, i0, first + tile * BLOCK_N, shift, bounds,
+                DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
             )  # fmt: skip
-    for j0 in tl.range(lower, upper, BLOCK_N, loop_unroll_factor=UNROLL):
-        grads, pending, partial = _dq_tile(
-            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-            offs_m, j0, c + j0, bounds, scale,
-            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=False,
-        )  # fmt: skip
-    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, num_stages=EDGE_STAGES, disable_licm=DESCRIPTORS):
-        grads, pending, partial = _dq_tile(
-            grads, pending, partial, q, q_position, do, lse, rest, delta, k_matrix, v_matrix, table, terms,
-            offs_m, j0, c + j0, bounds, scale,
-            D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, SEPARATE, MASKED=True,
-        )  # fmt: skip
-    for e in tl.static_range(GROUPS):
-        ds_raw, partial = collect(tl.zeros((BLOCK_M, BLOCK_N), q.dtype), partial, BLOCK_M, BLOCK_N)
-        row0 = c + end + (e - GROUPS) * BLOCK_N
-        grads = _add_position_part(grads, ds_raw, table, row0, BLOCK_N, DR, BLOCK_DR, PRECISION, SEPARATE)
+        for edge in tl.range(0, count - (upper - lower)):
+            dq_position = _position_tile(
+                dq_position, raw_matrix, r_matrix, i0, first + edge_tile(edge, lower, upper) * BLOCK_N, shift, bounds,
+                DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
+            )  # fmt: skip
+        if dposition_bias_ptr is not None:
+            row = lane * tl.cdiv(T, BLOCK_M) + (i_first + i0) // BLOCK_M
+            store_row(dposition_bias_ptr + row * D, tl.sum(dq_position, 0) * scale, D, BLOCK_D, ADD)
+        if dq_pos_ptr is not None:
+            dq_pos_matrix = (head_pointer(dq_pos_ptr, stride_dpb, stride_dph, b, h, ALIGNED), stride_dpm, T)
+            store_rows(dq_pos_matrix, dq_position * scale, rows, DR, BLOCK_DR, ADD)
+        else:
+            grads = (dq_position,)
 
-    store_rows(dq_matrix, grads[0] * scale, offs_m, D, BLOCK_D)
-    if SEPARATE:
-        dq_pos_matrix = (head_pointer(dq_pos_ptr, stride_dpb, stride_dph, b, h, ALIGNED), stride_dpm, T)
-        store_rows(dq_pos_matrix, grads[1] * scale, offs_m, DR, BLOCK_DR)
-    if segment_ptr is not None:
-        dsegment_ptr += 2 * (bh * T + offs_m)
-        tl.store(dsegment_ptr, grads[len(grads) - 2] * scale, mask=offs_m < T)
-        tl.store(dsegment_ptr + 1, grads[len(grads) - 1] * scale, mask=offs_m < T)
+    # The same of keys.
+    ds_matrix = scores_matrix(ds_ptr, stride_ds, n_rows, slot)
+    ids = (q_ids_ptr, q_ids_ptr, k_ids_ptr, 0, b * T + i_first, b * S + j_first)
+    terms = ids, None, None, None, n_rows, keys
+    if q_ids_ptr is not None:
+        grads = grads + (tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
+    first, lower = 0, 0
+    if begin is not None:
+        first = tl.maximum(0, i0 + begin) // BLOCK_N * BLOCK_N
+        lower = tl.cdiv(tl.maximum(0, i_end + begin - first), BLOCK_N)
+    count = tl.cdiv(tl.maximum(0, tl.minimum(keys, i_end + reach) - first), BLOCK_N)
+    lower = tl.minimum(count, lower)
+    upper = tl.maximum(lower, tl.maximum(0, tl.minimum(keys, i0 + reach) - first) // BLOCK_N)
+    for tile in tl.range(lower, upper, loop_unroll_factor=UNROLL):
+        grads = _content_tile(
+            grads, ds_matrix, k_matrix, terms, i0, first + tile * BLOCK_N, j_first, bounds,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
+        )  # fmt: skip
+    for edge in tl.range(0, count - (upper - lower)):
+        grads = _content_tile(
+            grads, ds_matrix, k_matrix, terms, i0, first + edge_tile(edge, lower, upper) * BLOCK_N, j_first, bounds,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,
+        )  # fmt: skip
+
+    dq_matrix = (head_pointer(dq_ptr, stride_dqb, stride_dqh, b, h, ALIGNED), stride_dqm, T)
+    store_rows(dq_matrix, grads[0] * scale, rows, D, BLOCK_D, ADD)
+    if q_ids_ptr is not None:
+        for which in tl.static_range(2):
+            ptrs = dsegment_ptr + 2 * (lane * T + rows) + which
+            total = grads[1 + which] * scale
+            if ADD:
+                total += tl.load(ptrs, mask=rows < T, other=0.0)
+            tl.store(ptrs, total, mask=rows < T)

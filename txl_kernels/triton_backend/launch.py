@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from txl_kernels import dropout
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
 from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
+from txl_kernels.triton_backend.call import Call, contiguous, padded, strided
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import COPY_ENGINE, FEW_QUERIES, Launch, generation_of, launch_for
+from txl_kernels.triton_backend.launch_table import FEW_QUERIES
+from txl_kernels.triton_backend.ranges import Range, ranges_of
 from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
 
 _VECTOR_BLOCK = 64
@@ -35,7 +35,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
         kernel = "few" if q.shape[2] <= FEW_QUERIES else "forward"
-        call = _Call(inputs, options, out, copy_rows=kernel == "forward")
+        call = Call(inputs, options, out, copy_rows=kernel == "forward")
         tiling = call.tiling(kernel)
         tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
         if tiles == 1:
@@ -49,7 +49,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
             parts, lse_parts = out, lse
         forward_kernel[(tiles * call.B * call.H, ranges)](
             **call.operands(kernel),
-            **_strided("out", "o", "bhm", parts),
+            **strided("out", "o", "bhm", parts),
             lse_ptr=lse_parts,
             range_keys=range_keys,
             **tiling,
@@ -58,14 +58,14 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
             combine_kernel[(triton.cdiv(call.T, _RANGE_ROWS) * call.B * call.H,)](
                 out_parts_ptr=parts,
                 lse_parts_ptr=lse_parts,
-                **_strided("out", "o", "bhm", out),
+                **strided("out", "o", "bhm", out),
                 lse_ptr=lse,
                 ranges=ranges,
                 H=call.H,
                 T=call.T,
                 ALIGNED=call.aligned,
                 D=call.D,
-                BLOCK_D=_padded(call.D),
+                BLOCK_D=padded(call.D),
                 BLOCK_M=_RANGE_ROWS,
             )
     return out, lse
@@ -82,143 +82,18 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of DIFFERENTIABLE; None for those that need none."""
     with _on_device_of(out):
-        call = _Call(inputs, options, out, dout, copy_rows=True)
-        shared = {**_strided("do", "do", "bhm", call.dout), **_row_stats(call, out, dout, lse, dlse)}
+        call = Call(inputs, options, out, dout, copy_rows=True)
+        shared = {**strided("do", "do", "bhm", call.dout), **_row_stats(call, out, dout, lse, dlse)}
         needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
         grads = {}
-        for names, gradients in (
-            (("q", "q_pos", "segment_scores"), _query_gradients),
-            (("k", "v", "content_bias"), _key_gradients),
-            (("r", "position_bias", "r_bias"), _row_gradients),
-            (("attn_mask",), _mask_gradient),
-        ):
-            if needed.intersection(names):
-                grads |= zip(names, gradients(call, shared), strict=True)
+        if needed - {"attn_mask"}:
+            grads = _Gradients(call, needed).run(shared)
+        if "attn_mask" in needed:
+            grads["attn_mask"] = _mask_gradient(call, shared)
     return [grads[name] if name in needed else None for name in DIFFERENTIABLE]
 
 
-class _Call:
-    """The sizes and kernel arguments that all passes of one call share."""
-
-    def __init__(
-        self, inputs: Inputs, options: Options, out: Tensor, dout: Tensor | None = None, copy_rows: bool = False
-    ):
-        self.inputs = inputs
-        q, q_pos = _query_operands(inputs)
-        k, v, r = inputs.k, inputs.v, inputs.r
-        self.generation, self.itemsize = generation_of(q.device), q.element_size()
-        operands = (q, k, v, r, q_pos, dout)
-        # Rows that do not start on 16 bytes would come element by element, and their columns masked one by one.
-        self.copied = copy_rows and self.generation in COPY_ENGINE and self.itemsize == 2 and not _all_aligned(operands)
-        if self.copied:
-            operands = tuple(_in_aligned_rows(x) for x in operands)
-        q, k, v, r, q_pos, self.dout = operands
-        self._r_table = r
-        self.B, self.H, self.T, self.D = q.shape
-        self.S, self.P = k.shape[2], inputs.rows
-        M = self.S - self.T
-        self.group = self.H // k.shape[1]
-        # A table that serves all batch elements or heads has stride 0 there.
-        self.r = None if r is None else r.expand(self.B, self.H, -1, -1)
-        self.r_batches = 1 if r is None else len(r)
-        self.DR = self.D if r is None else r.shape[-1]
-        # The gradient of q_pos may be denser than q_pos.
-        dense = inputs.q_pos is None or self.DR * self.itemsize % 16 == 0
-        self.aligned = dense and not self.copied and _all_aligned((*operands, out))
-        # Beyond these bounds no pair has a row of r, or is in the window, and int32 would overflow.
-        rel_offset = max(-self.S, min(options.first_distance - M, self.P + self.T))
-        reach = self.S if options.right < 0 else min(M + 1 + options.right, self.S)
-        # Rows of r in the future of every query are not read.
-        self.r_rows = min(self.P, rel_offset + reach)
-        # What a descriptor cannot do, beside rows not aligned: repeat some, have none, r by batch element alone.
-        plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in operands if x is not None)
-        self.describable = (self.aligned or self.copied) and plain
-        self._descriptors: dict[tuple[str, int], TensorDescriptor] = {}
-        if r is not None:
-            self.describable &= self.r_rows > 0 and (len(r) == 1 or r.shape[1] == self.H)
-        self.arguments = {
-            **_strided("q", "q", "bhm", q),
-            **_strided("k", "k", "bhn", k),
-            **_strided("v", "v", "bhn", v),
-            **_strided("r", "r", "bhp", self.r),
-            **_strided("q_pos", "p", "bhm", q_pos),
-            "r_bias_ptr": _contiguous(inputs.r_bias),
-            **self._terms(options),
-            "H": self.H,
-            "group": self.group,
-            "T": self.T,
-            "S": self.S,
-            "P": self.P,
-            "rel_offset": rel_offset,
-            "begin": None if options.left < 0 else max(M - options.left, -self.T),
-            "reach": reach,
-            "scale": options.scale,
-            "PRECISION": _input_precision(q.dtype),
-            "ALIGNED": self.aligned,
-            "D": self.D,
-            "BLOCK_D": _padded(self.D),
-            "DR": self.DR,
-            "BLOCK_DR": _padded(self.DR),
-        }
-
-    def row(self, kernel: str) -> Launch:
-        width = max(_padded(self.D), _padded(self.DR))
-        row = launch_for(kernel, self.generation, width, self.itemsize)
-        return row._replace(descriptors=True) if self.copied else row
-
-    def operands(self, kernel: str, **others: object) -> dict:
-        """The arguments that all passes share, and others; what tiles are loaded from as its row of the table says."""
-        arguments, row = self.arguments | others, self.row(kernel)
-        if row.descriptors and self.describable:
-            blocks = dict.fromkeys(("q", "q_pos", "do"), row.block_m) | dict.fromkeys(("k", "v"), row.block_n)
-            for name, block in blocks.items():
-                if (x := arguments.get(f"{name}_ptr")) is not None:
-                    arguments[f"{name}_ptr"] = self._descriptor(name, x, block)
-            if self.r is not None:
-                arguments["r_ptr"] = self._descriptor("r", self._rows_of_r(), row.block_n)
-        return arguments
-
-    def _descriptor(self, name: str, x: Tensor, block: int) -> TensorDescriptor:
-        """x (..., rows, D) by tiles of so many rows; passes with the same tiles share it."""
-        if (name, block) not in self._descriptors:
-            tile = [1] * (x.dim() - 2) + [block, _padded(x.shape[-1])]
-            self._descriptors[name, block] = TensorDescriptor(x, x.shape, x.stride(), tile)
-        return self._descriptors[name, block]
-
-    def _rows_of_r(self) -> Tensor:
-        """Those that are read, without the dimensions that batch elements or heads share."""
-        r = self._r_table[:, :, : self.r_rows]
-        if len(r) > 1:
-            return r
-        return r[0, 0] if r.shape[1] == 1 else r[0]
-
-    def tiling(self, kernel: str) -> dict[str, int]:
-        row = self.row(kernel)
-        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
-        return {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "UNROLL": row.unroll} | options
-
-    def _terms(self, options: Options) -> dict:
-        """The optional terms of a score; None where absent."""
-        inputs = self.inputs
-        mask = inputs.attn_mask
-        if mask is not None:
-            mask = mask.expand(self.B, self.H, self.T, self.S)
-            mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
-        dropping = inputs.seed is not None
-        return {
-            "segment_ptr": _contiguous(inputs.segment_scores),
-            "q_ids_ptr": _contiguous(inputs.segment_q_ids),
-            "k_ids_ptr": _contiguous(inputs.segment_k_ids),
-            **_strided("mask", "m", "bhmn", mask),
-            "lengths_ptr": _contiguous(inputs.key_lengths),
-            "seed_ptr": inputs.seed,
-            "softcap": options.softcap,
-            "keep_below": dropout.threshold(options.dropout_p) if dropping else None,
-            "keep_scale": 1 / (1 - options.dropout_p) if dropping else None,
-        }
-
-
-def _row_stats(call: _Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, Tensor | None]:
+def _row_stats(call: Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, Tensor | None]:
     """The three vectors of row_stats_kernel, (B, H, T) in float32, under the names of the kernels' arguments."""
 
     def vector() -> Tensor:
@@ -227,10 +102,10 @@ def _row_stats(call: _Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor
     delta, lse_stat = vector(), vector()
     rest = vector() if lse.dtype is torch.float64 else None
     row_stats_kernel[(triton.cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
-        **_strided("out", "o", "bhm", out),
-        **_strided("do", "do", "bhm", dout),
+        **strided("out", "o", "bhm", out),
+        **strided("do", "do", "bhm", dout),
         lse_ptr=lse,
-        dlse_ptr=_contiguous(dlse),
+        dlse_ptr=contiguous(dlse),
         lse_stat_ptr=lse_stat,
         rest_ptr=rest,
         delta_ptr=delta,
@@ -238,91 +113,166 @@ def _row_stats(call: _Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor
         T=call.T,
         ALIGNED=call.aligned,
         D=call.D,
-        BLOCK_D=_padded(call.D),
+        BLOCK_D=padded(call.D),
         BLOCK_M=_VECTOR_BLOCK,
     )
     return {"lse_ptr": lse_stat, "rest_ptr": rest, "delta_ptr": delta}
 
 
-def _query_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq, dq_pos and the gradient of the segment scores."""
-    q, q_pos, scores = call.inputs.q, call.inputs.q_pos, call.inputs.segment_scores
-    dq = torch.empty_like(q)
-    dq_pos = None if q_pos is None else torch.empty_like(q_pos)
-    dscores = None if scores is None else torch.empty(scores.shape, dtype=torch.float32, device=q.device)
-    tiling = call.tiling("dq")
-    backward_dq_kernel[(triton.cdiv(call.T, tiling["BLOCK_M"]) * call.B * call.H,)](
-        **call.operands("dq", **shared),
-        **_strided("dq", "dq", "bhm", dq),
-        **_strided("dq_pos", "dp", "bhm", dq_pos),
-        dsegment_ptr=dscores,
-        **tiling,
-    )
-    return dq, dq_pos, _like(scores, dscores)
+class _Gradients:
+    """The passes that share a workspace (ranges.py), and what they leave: float32 parts, or the gradients themselves.
 
+    A kernel that runs for one range after the other adds to zeros.
+    """
 
-def _key_gradients(call: _Call, shared: dict) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dk, dv and the gradient of the content bias."""
-    k, v, content_bias = call.inputs.k, call.inputs.v, call.inputs.content_bias
-    if call.group == 1:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-    else:  # a part for each query head of a group
-        shape = (call.B, call.H, call.S, call.D)
-        dk, dv = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
-    tiling = call.tiling("dkv")
-    tiles = triton.cdiv(call.S, tiling["BLOCK_N"])
-    bias_parts = None
-    if content_bias is not None:
-        bias_parts = torch.empty((call.B, call.H, tiles, call.D), dtype=torch.float32, device=k.device)
-    backward_dkv_kernel[(tiles * call.B * call.H,)](
-        **call.operands("dkv", **shared),
-        **_strided("dk", "dk", "bhn", dk),
-        **_strided("dv", "dv", "bhn", dv),
-        du_ptr=bias_parts,
-        **tiling,
-    )
-    if call.group > 1:
-        dk, dv = (_like(x, parts.unflatten(1, (-1, call.group)).sum(2)) for x, parts in ((k, dk), (v, dv)))
-    return dk, dv, _like(content_bias, bias_parts, (0, 2))
+    def __init__(self, call: Call, needed: set[str]) -> None:
+        inputs, arguments = call.inputs, call.arguments
+        self._call = call
+        self._ranges = ranges_of(call.B, call.H, call.T, call.S, arguments["begin"], arguments["reach"], call.itemsize)
+        self._with_queries = bool(needed & {"q", "q_pos", "position_bias", "segment_scores"})
+        self._with_rows = bool(needed & {"r", "r_bias"}) and call.P > 0
+        self._dkv, self._dq, self._dr = (call.tiling(kernel) for kernel in ("dkv", "dq", "dr"))
+        self._add_keys = any(part.i_first > 0 for part in self._ranges)
+        self._add_queries = len({part[4:] for part in self._ranges}) > len({part.i_first for part in self._ranges})
+        self._add_rows = len(self._ranges) > 1
 
+        # Keys that lie before the first range are seen by nobody.
+        unseen = self._add_keys or self._ranges[0].j_first > 0
+        B, H, T, S, D = call.B, call.H, call.T, call.S, call.D
 
-def _row_gradients(call: _Call, shared: dict) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dr and the gradients of the position bias and of r_bias."""
-    inputs, H, P = call.inputs, call.H, call.P
-    if P == 0:
-        return tuple(
-            None if x is None else torch.zeros_like(x) for x in (inputs.r, inputs.position_bias, inputs.r_bias)
+        def like(x: Tensor | None, add: bool, zeros: bool = False) -> Tensor | None:
+            if x is None:
+                return None
+            dtype = torch.float32 if add else x.dtype
+            return (torch.zeros_like if add or zeros else torch.empty_like)(x, dtype=dtype)
+
+        def parts(wanted: bool, zeros: bool, *shape: int) -> Tensor | None:
+            make = torch.zeros if zeros else torch.empty
+            return make(shape, dtype=torch.float32, device=inputs.q.device) if wanted else None
+
+        if call.group == 1:
+            self.dk, self.dv = (like(x, self._add_keys, unseen) for x in (inputs.k, inputs.v))
+        else:  # a part for each query head of a group
+            self.dk, self.dv = (parts(True, unseen, B, H, S, D) for _ in range(2))
+        tiles = triton.cdiv(S, self._dkv["BLOCK_N"])
+        self.du = parts(inputs.content_bias is not None, unseen, B, H, tiles, D)
+
+        add = self._add_queries
+        self.dq, self.dq_pos = (like(x, add) for x in (inputs.q, inputs.q_pos))
+        tiles = triton.cdiv(T, self._dq["BLOCK_M"])
+        self.dposition_bias = parts(inputs.position_bias is not None, add, B, H, tiles, D)
+        self.dsegment = parts(inputs.segment_scores is not None, add, B, H, T, 2)
+
+        blocks = triton.cdiv(call.P, self._dr["BLOCK_N"])
+        self._dr_parts = B if call.r_batches > 1 else max(1, min(B, _DR_PROGRAMS // max(1, blocks * H)))
+        self.dr = parts(inputs.r is not None, self._add_rows, self._dr_parts, H, call.P, call.DR)
+        self.dr_bias = parts(inputs.r_bias is not None, self._add_rows, self._dr_parts, H, call.P)
+
+    def run(self, shared: dict) -> dict[str, Tensor | None]:
+        """Runs the passes: gradients by name, in the dtype and layout of the inputs."""
+        call = self._call
+        inputs, group = call.inputs, call.group
+        buffer = inputs.q.new_empty(max(part.pairs for part in self._ranges))
+        for part in self._ranges:
+            ds = buffer[: part.pairs].view(part.slots, part.i_last - part.i_first, -1)
+            self._key_pass(part, ds, shared)
+            if self._with_queries:
+                self._query_pass(part, ds)
+            if self._with_rows:
+                self._row_pass(part, ds)
+
+        dk, dv = self.dk, self.dv
+        if group > 1:
+            dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+        served = [] if call.r_batches > 1 else [0]
+        if inputs.r is not None and inputs.r.shape[1] != call.H:
+            served.append(1)
+        return {
+            "q": _like(inputs.q, self.dq),
+            "k": _like(inputs.k, dk),
+            "v": _like(inputs.v, dv),
+            "r": _like(inputs.r, self.dr, served),
+            "content_bias": _like(inputs.content_bias, self.du, (0, 2)),
+            "position_bias": _like(inputs.position_bias, self.dposition_bias, (0, 2)),
+            "q_pos": _like(inputs.q_pos, self.dq_pos),
+            "r_bias": _like(inputs.r_bias, self.dr_bias, (0,)),
+            "segment_scores": _like(inputs.segment_scores, self.dsegment),
+        }
+
+    def _key_pass(self, part: Range, ds: Tensor, shared: dict) -> None:
+        tiles = triton.cdiv(part.j_last - part.j_first, self._dkv["BLOCK_N"])
+        backward_dkv_kernel[(tiles * part.slots,)](
+            **self._call.operands("dkv", **shared),
+            **_place(part, ds),
+            **strided("dk", "dk", "bhn", self.dk),
+            **strided("dv", "dv", "bhn", self.dv),
+            du_ptr=self.du,
+            i_last=part.i_last,
+            ADD=self._add_keys,
+            **self._dkv,
         )
-    tiling = call.tiling("dr")
-    blocks = triton.cdiv(P, tiling["BLOCK_N"])
-    batched = call.r_batches > 1
-    ranges = call.B if batched else max(1, min(call.B, _DR_PROGRAMS // (blocks * H)))
 
-    def parts(like: Tensor | None, *shape: int) -> Tensor | None:
-        return None if like is None else torch.empty((ranges, *shape), dtype=torch.float32, device=like.device)
+    def _query_pass(self, part: Range, ds: Tensor) -> None:
+        tiles = triton.cdiv(part.i_last - part.i_first, self._dq["BLOCK_M"])
+        arguments = self._call.operands("dq", **_place(part, ds)) | self._call.counted_from(part)
+        backward_dq_kernel[(tiles * part.slots,)](
+            **_only(backward_dq_kernel, arguments),
+            ds_raw_ptr=ds,
+            **strided("dq", "dq", "bhm", self.dq),
+            **strided("dq_pos", "dp", "bhm", self.dq_pos),
+            dposition_bias_ptr=self.dposition_bias,
+            dsegment_ptr=self.dsegment,
+            ADD=self._add_queries,
+            **self._dq,
+        )
 
-    dr_parts = parts(inputs.r, H, P, call.DR)
-    dposition_parts = parts(inputs.position_bias, blocks, H, call.D)
-    dr_bias_parts = parts(inputs.r_bias, H, P)
-    backward_dr_kernel[(blocks * H, ranges)](
-        **call.operands("dr", **shared),
-        B=call.B,
-        dr_ptr=dr_parts,
-        dposition_bias_ptr=dposition_parts,
-        dr_bias_ptr=dr_bias_parts,
-        **tiling,
-    )
-    served = [] if batched else [0]
-    if inputs.r is not None and inputs.r.shape[1] != H:
-        served.append(1)
-    return (
-        _like(inputs.r, dr_parts, served),
-        _like(inputs.position_bias, dposition_parts, (0, 1)),
-        _like(inputs.r_bias, dr_bias_parts, (0,)),
-    )
+    def _row_pass(self, part: Range, ds: Tensor) -> None:
+        call, block, batches = self._call, self._dr["BLOCK_N"], part.b_last - part.b_first
+        arguments = call.operands("dr", **_place(part, ds)) | call.counted_from(part)
+        first, last = 0, triton.cdiv(call.P, block)
+        if self._add_rows:  # only blocks that have pairs of the range
+            first_row = arguments["shift"] - (arguments["n_rows"] - 1)
+            last_row = arguments["shift"] + part.j_last - part.j_first
+            first, last = max(0, first_row // block), min(last, triton.cdiv(last_row, block))
+        if last <= first:
+            return
+        if arguments["q_pos_ptr"] is None:
+            arguments |= {"q_pos_ptr": arguments["q_ptr"]} | {f"stride_p{x}": arguments[f"stride_q{x}"] for x in "bhm"}
+        batched = call.r_batches > 1
+        parts = batches if batched else min(batches, self._dr_parts)
+        backward_dr_kernel[((part.h_last - part.h_first) * (last - first), parts)](
+            **_only(backward_dr_kernel, arguments),
+            dr_ptr=self.dr,
+            dr_bias_ptr=self.dr_bias,
+            n_batches=batches,
+            first_block=first,
+            n_blocks=last - first,
+            first_part=part.b_first if batched else 0,
+            ADD=self._add_rows,
+            **self._dr,
+        )
 
 
-def _mask_gradient(call: _Call, shared: dict) -> tuple[Tensor]:
+def _place(part: Range, ds: Tensor) -> dict:
+    """Where a range of pairs stands, for all passes."""
+    return {
+        "ds_ptr": ds,
+        "stride_ds": ds.stride(1),
+        "b_first": part.b_first,
+        "h_first": part.h_first,
+        "n_heads": part.h_last - part.h_first,
+        "i_first": part.i_first,
+        "j_first": part.j_first,
+        "j_last": part.j_last,
+    }
+
+
+def _only(kernel: triton.runtime.JITFunction, arguments: dict) -> dict:
+    """Those of the arguments that the kernel has."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
+
+
+def _mask_gradient(call: Call, shared: dict) -> Tensor:
     """The gradient of a float mask, in its own shape."""
     mask = call.inputs.attn_mask
     dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
@@ -340,7 +290,7 @@ def _mask_gradient(call: _Call, shared: dict) -> tuple[Tensor]:
         mask_s=mask_s,
         **tiling,
     )
-    return (_like(mask, dmask),)
+    return _like(mask, dmask)
 
 
 def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()) -> Tensor | None:
@@ -348,58 +298,9 @@ def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()
     if x is None:
         return None
     total = total.sum(dimensions) if dimensions else total
+    if total.dtype is x.dtype and total.shape == x.shape and not dimensions:
+        return total
     return torch.empty_like(x).copy_(total.view(x.shape))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _padded(width: int) -> int:
-    """The columns of a tile: a power of two, as Triton's matrix products want them."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def _strided(pointer: str, stride: str, dimensions: str, x: Tensor | None) -> dict:
-    """A tensor and its strides by dimension under the names of the kernels' arguments; zeros for None."""
-    strides = {f"stride_{stride}{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dimensions)}
-    return {f"{pointer}_ptr": x, **strides}
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether every row starts on 16 bytes."""
-    itemsize = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in x.stride()[:-1])
-
-
-def _all_aligned(tensors: Sequence[Tensor | None]) -> bool:
-    return all(x is None or _is_aligned(x) for x in tensors)
-
-
-def _in_aligned_rows(x: Tensor | None) -> Tensor | None:
-    """x, or a copy whose rows start on 16 bytes; what lies between them is never read."""
-    if x is None or _is_aligned(x):
-        return x
-    width, step = x.shape[-1], 16 // x.element_size()
-    return x.new_empty(*x.shape[:-1], step * triton.cdiv(width, step))[..., :width].copy_(x)
-
-
-def _query_operands(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """The queries of content and position, q + u and q + v (or q_pos), rounded once; None where they are the same."""
-    q, q_pos = inputs.q, inputs.q_pos
-    if q_pos is None and inputs.r is not None and inputs.position_bias is not inputs.content_bias:
-        q_pos = _with_bias(q, inputs.position_bias)
-    return _with_bias(q, inputs.content_bias), q_pos
-
-
-def _with_bias(q: Tensor, bias: Tensor | None) -> Tensor:
-    return q if bias is None else torch.add(q, bias[:, None], out=torch.empty_like(q))
-
-
-def _input_precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: exactly, unless the user lets PyTorch use tf32 on an NVIDIA GPU."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -87,7 +87,7 @@ _FENCES_IN_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
     """The row for a pass (forward, few, dq, dkv, dr, dmask), generation, padded head size and element size."""
-    kernel = "dq" if kernel == "dmask" else kernel  # the same products, less what they feed
+    kernel = "dkv" if kernel == "dmask" else kernel  # the same products, less what they feed
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
     row = rows[max(64, block_d)]
     unfenced = generation == "sm_90" and itemsize == 2 and row.num_stages > 1 and not _FENCES_IN_LOOPS

@@ -77,15 +77,77 @@ def load_rows(matrix, first, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def store_rows(matrix, x, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores x (len(rows), BLOCK_D), cast to the pointer's type, into the rows that exist."""
+def store_rows(matrix, x, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr = False):
+    """Stores x (len(rows), BLOCK_D), cast to the pointer's type, into the rows that exist, or adds it to them."""
     ptr, stride_row, n_rows = matrix
     offs_d = tl.arange(0, BLOCK_D)
     inside = (rows < n_rows)[:, None]
     if D < BLOCK_D:
         inside = inside & (offs_d < D)[None, :]
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
+    if ADD:
+        x += tl.load(ptrs, mask=inside, other=0.0)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_row(ptr, x, D: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr):
+    """Stores the first D elements of x (BLOCK_D,), or adds them to what is there."""
+    offs_d = tl.arange(0, BLOCK_D)
+    if ADD:
+        x += tl.load(ptr + offs_d, mask=offs_d < D, other=0.0)
+    tl.store(ptr + offs_d, x, mask=offs_d < D)
+
+
+@triton.jit
+def store_scores(matrix, x, row, column):
+    """Stores a transposed tile (COLUMNS, ROWS), from a row and a multiple of 16 columns on, into the rows that exist."""
+    ptr, stride_row, n_rows = matrix
+    rows, columns = row + tl.arange(0, x.shape[1]), column + tl.arange(0, x.shape[0])
+    tl.store(ptr + rows[None, :] * stride_row + columns[:, None], x, mask=(rows < n_rows)[None, :])
+
+
+@triton.jit
+def scores_matrix(source, stride_row, n_rows, slot):
+    """The matrix of scores in one slot of the workspace, from a pointer or a descriptor (slots, n_rows, columns)."""
+    if isinstance(source, tl.tensor_descriptor):
+        matrix = source, slot, n_rows
+    else:
+        matrix = source + slot.to(tl.int64) * n_rows * stride_row, stride_row, n_rows
+    return matrix
+
+
+@triton.jit
+def load_scores(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) of what `store_scores` stored, from a multiple of 16 columns on; rows it does not have are 0.
+
+    Where nobody sees a key nothing has been stored: such places hold anything.
+    """
+    source, place, n_rows = matrix
+    if isinstance(source, tl.tensor_descriptor):
+        tile = source.load((place, row, column)).reshape(ROWS, COLUMNS)
+    else:
+        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        tile = tl.load(source + rows[:, None] * place + columns[None, :], mask=(rows < n_rows)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_raw_scores(matrix, row, p0, shift, bounds, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
+    """(ROWS, COLUMNS) of scores by row of r from p0 on, those of the keys j = p + i - shift: rows one element longer.
+
+    Without MASKED all of them are visible; else those that are not, and rows that the matrix does not have, are 0.
+    """
+    ptr, stride_row, n_rows = matrix
+    ptr += row * (stride_row + 1) + p0 - shift
+    ptrs = (ptr + tl.arange(0, ROWS)[:, None] * (stride_row + 1)) + tl.arange(0, COLUMNS)[None, :]
+    if MASKED:
+        offs_m = row + tl.arange(0, ROWS)[:, None]
+        offs_n = p0 - shift + offs_m + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(ptrs, mask=(offs_m < n_rows) & visible_mask(offs_m, offs_n, bounds), other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
 
 
 @triton.jit
@@ -155,23 +217,9 @@ def rotate_right(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def rotate_left(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """y[ii, x] = x[ii, (x + ii) mod N]: from keys to rows of r, the inverse of rotate_right."""
-    columns = tl.arange(0, BLOCK_N)[None, :] + tl.arange(0, BLOCK_M)[:, None]
-    return tl.gather(x, columns & (BLOCK_N - 1), axis=1)
-
-
-@triton.jit
 def rotate_down(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """rotate_right of the transposed tile: y[jj, ii] = x[(jj - ii) mod N, ii]."""
     rows = tl.arange(0, BLOCK_N)[:, None] - tl.arange(0, BLOCK_M)[None, :]
-    return tl.gather(x, rows & (BLOCK_N - 1), axis=0)
-
-
-@triton.jit
-def rotate_up(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """rotate_left of the transposed tile: y[x, ii] = x[(x + ii) mod N, ii]."""
-    rows = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :]
     return tl.gather(x, rows & (BLOCK_N - 1), axis=0)
 
 
@@ -210,28 +258,6 @@ def shift_in(raw, pending, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if len(pending) > 1:
         later = later + (raw,)
     return bd, later
-
-
-@triton.jit
-def collect(ds, partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The transpose of `shift_in`: gathers gradients of key tiles into gradients of blocks of r.
-
-    partial is the last tile's gradient, rotated, and the gradients of the blocks g tiles back, g = 1, 2, ...,
-    without the parts of queries further on. Returns the block that this tile completes, len(partial) tiles back, and
-    the next partial.
-    """
-    ii, x = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    raw = rotate_left(ds, BLOCK_M, BLOCK_N)
-    taken = tl.where(x < BLOCK_N - ii % BLOCK_N, partial[0], raw)
-    block = taken
-    younger = (raw,)
-    if len(partial) > 1:
-        younger = younger + (taken,)
-    for g in tl.static_range(1, len(partial)):
-        block = tl.where(ii // BLOCK_N == g, taken, partial[g])
-        if g < len(partial) - 1:
-            younger = younger + (block,)
-    return block, younger
 
 
 @triton.jit
