@@ -13,6 +13,7 @@ from txl_kernels.triton_backend.primitives import (
     load_rows,
     position_block,
     rotate_down,
+    scores_matrix,
     select_block,
     store_row,
     store_rows,
@@ -84,10 +85,10 @@ def _dkv_tile(
         MASKED,
     )
     colsum += tl.sum(ds, 1)  # here, which saves registers
+    ds = ds.to(q.dtype)
+    store_scores(ds_matrix, ds, i0 - i_first, column, MASKED)
     # (N, M) x (M, D) -> (N, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = ds.to(q.dtype)
-    store_scores(ds_matrix, ds, i0 - i_first, column)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv, colsum
 
@@ -195,10 +196,10 @@ def backward_dkv_kernel(
     pid = tl.program_id(0)
     column = pid % n_key_tiles * BLOCK_N
     j0 = j_first + column
-    slot = (pid // n_key_tiles).to(tl.int64)
-    b = b_first + slot // n_heads
-    h = h_first + slot % n_heads
-    ds_matrix = (ds_ptr + slot * (i_last - i_first) * stride_ds, stride_ds, i_last - i_first)
+    slot = pid // n_key_tiles
+    b = (b_first + slot // n_heads).to(tl.int64)
+    h = (h_first + slot % n_heads).to(tl.int64)
+    ds_matrix = scores_matrix(ds_ptr, stride_ds, i_last - i_first, slot)
 
     keys = key_count(lengths_ptr, b, S)
     bounds = (keys, begin, reach)
@@ -238,7 +239,7 @@ def backward_dkv_kernel(
     colsum = tl.zeros((BLOCK_N,), tl.float32)
 
     # Some query of each tile from `first` on, n_tiles of them, sees a key; in the tiles [lower, upper) of these every
-    # query sees all. Hidden keys beyond `keys` are cleared at the end, and queries beyond T have p = ds = 0.
+    # query of the range sees all. Hidden keys beyond `keys` are cleared at the end; queries beyond T have p = ds = 0.
     first = tl.maximum(i_first, tl.maximum(0, j0 - reach + 1) // BLOCK_M * BLOCK_M)
     last = i_last
     if begin is not None:
@@ -249,7 +250,7 @@ def backward_dkv_kernel(
     if begin is not None:
         seen_by_all = j0 - begin + 1
         upper = tl.where(seen_by_all >= i_last, n_tiles, tl.maximum(0, seen_by_all - first) // BLOCK_M)
-        upper = tl.maximum(lower, tl.minimum(n_tiles, upper))
+    upper = tl.maximum(lower, tl.minimum(upper, (last - first) // BLOCK_M))
     # What takes registers from the main loop: with pointers, edges that are pipelined too; with descriptors, what LLVM
     # hoists out of the edges.
     DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)

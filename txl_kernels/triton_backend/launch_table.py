@@ -36,9 +36,9 @@ _HALF = {
     "sm_80": {
         "forward": {64: Launch(64, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 32, 8, 1)},
         "few": {64: Launch(16, 64, 4, 2), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 1)},
-        "dq": {64: Launch(32, 32, 4, 2, 2), 128: Launch(32, 32, 4, 2), 256: Launch(32, 16, 8, 1)},
+        "dq": {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2)},
         "dkv": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 32, 8, 1)},
-        "dr": {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 8, 1)},
+        "dr": {64: Launch(64, 64, 4, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 64, 8, 2)},
     },
     "sm_90": {
         "forward": {
@@ -47,27 +47,43 @@ _HALF = {
             256: Launch(64, 32, 8, 2, 1, True),
         },
         "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
-        "dq": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2, 1, True), 256: Launch(64, 16, 8, 1)},
-        "dkv": {64: Launch(32, 64, 4, 2, 1, True), 128: Launch(32, 64, 4, 2, 1, True), 256: Launch(16, 64, 8, 1)},
-        "dr": {
+        "dq": {
+            64: Launch(64, 64, 4, 3, 1, True),
+            128: Launch(64, 64, 4, 3, 1, True),
+            256: Launch(64, 64, 8, 2, 1, True),
+        },
+        "dkv": {
             64: Launch(32, 64, 4, 2, 1, True),
             128: Launch(32, 64, 4, 2, 1, True),
-            256: Launch(16, 64, 8, 1, 1, True),
+            256: Launch(64, 64, 8, 1, 1, True),
+        },
+        "dr": {
+            64: Launch(64, 64, 4, 2, 1, True),
+            128: Launch(64, 64, 4, 2, 1, True),
+            256: Launch(64, 64, 8, 2, 1, True),
         },
     },
     "sm_100": {
         "forward": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
         "few": {64: Launch(16, 64, 4, 3), 128: Launch(16, 64, 4, 2), 256: Launch(16, 32, 4, 2)},
-        "dq": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
-        "dkv": {64: Launch(64, 64, 8, 2), 128: Launch(64, 64, 8, 1), 256: Launch(32, 64, 8, 1)},
-        "dr": {64: Launch(64, 64, 8, 1), 128: Launch(64, 64, 8, 1), 256: Launch(16, 64, 8, 1)},
+        "dq": {
+            64: Launch(128, 64, 8, 2, 1, True),
+            128: Launch(128, 64, 8, 2, 1, True),
+            256: Launch(64, 64, 8, 2),
+        },
+        "dkv": {
+            64: Launch(64, 64, 8, 2, 1, True),
+            128: Launch(64, 64, 8, 1, 1, True),
+            256: Launch(32, 64, 8, 1),
+        },
+        "dr": {64: Launch(64, 64, 4, 2), 128: Launch(64, 64, 8, 2), 256: Launch(64, 64, 8, 2)},
     },
     "gfx942": {
         "forward": {64: Launch(128, 32, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(32, 32, 4, 1)},
         "few": {64: Launch(16, 64, 4, 1), 128: Launch(16, 64, 4, 1), 256: Launch(16, 32, 4, 1)},
-        "dq": {64: Launch(64, 32, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 16, 4, 1)},
+        "dq": {64: Launch(64, 64, 4, 1), 128: Launch(64, 64, 4, 1), 256: Launch(64, 64, 4, 1)},
         "dkv": {64: Launch(32, 64, 4, 1), 128: Launch(32, 64, 4, 1), 256: Launch(16, 32, 4, 1)},
-        "dr": {64: Launch(32, 64, 4, 1), 128: Launch(32, 32, 4, 1), 256: Launch(16, 32, 4, 1)},
+        "dr": {64: Launch(64, 64, 4, 1), 128: Launch(64, 64, 4, 1), 256: Launch(64, 64, 4, 1)},
     },
 }
 # float32 elements: one row for every generation, sized for the smallest shared memory.

@@ -100,11 +100,18 @@ def store_row(ptr, x, D: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr)
 
 
 @triton.jit
-def store_scores(matrix, x, row, column):
-    """Stores a transposed tile (COLUMNS, ROWS), from a row and a multiple of 16 columns on, into the rows that exist."""
+def store_scores(matrix, x, row, column, EDGE: tl.constexpr):
+    """Stores a transposed tile (COLUMNS, ROWS) from a row and a multiple of 16 columns on.
+
+    Columns are in whole tiles; at the EDGE some rows may not exist.
+    """
     ptr, stride_row, n_rows = matrix
-    rows, columns = row + tl.arange(0, x.shape[1]), column + tl.arange(0, x.shape[0])
-    tl.store(ptr + rows[None, :] * stride_row + columns[:, None], x, mask=(rows < n_rows)[None, :])
+    rows, columns = tl.arange(0, x.shape[1])[None, :], tl.arange(0, x.shape[0])[:, None]
+    ptrs = ptr + row * stride_row + column + (rows * stride_row + columns)
+    if EDGE:
+        tl.store(ptrs, x, mask=row + rows < n_rows)
+    else:
+        tl.store(ptrs, x)
 
 
 @triton.jit
