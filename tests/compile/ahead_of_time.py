@@ -26,6 +26,7 @@ _MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bWGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": r"\bv_mfma_"
 }  # fmt: skip
 SPIN_WAIT = 50  # instructions; every tile loop has more
+MAIN_LOOPS = {"backward_dq_kernel": 2}  # one for rows of r, one for keys; the other kernels have one
 _BIN = Path(nvidia.__file__).parent / "bin"
 
 
@@ -49,7 +50,8 @@ class Resources:
 
     `loops` lists the instructions of each loop over tiles, on NVIDIA only. The main loop is the one with the fewest
     a tile, `instructions_per_tile` (unrolled, it has several tiles), and has `spills_in_loop` instructions on spilled
-    registers; `instructions_per_score` is thread-instructions over the scores of a tile. None where no loop was read.
+    registers; where a kernel has two, both count together. `instructions_per_score` is thread-instructions over the
+    scores of a tile. None where no loop was read.
     `serialized`: the products of a loop wait for one another, as ptxas has them (C7510, C7511) where registers run out.
     """
 
@@ -111,7 +113,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     source = ASTSource(launch.kernel, *_specialize(launch, target))
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     read = _amd_resources if target.startswith("gfx") else _nvidia_resources
-    resources = read(compiled, target)
+    resources = read(compiled, target, MAIN_LOOPS.get(launch.kernel.__name__, 1))
     if resources.loops and "BLOCK_N" in launch.values:
         threads = TARGETS[target].warp_size * launch.options["num_warps"]
         scores = launch.values["BLOCK_M"] * launch.values["BLOCK_N"]
@@ -119,7 +121,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     return resources
 
 
-def _nvidia_resources(compiled, target: str) -> Resources:
+def _nvidia_resources(compiled, target: str, main_loops: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(
@@ -131,15 +133,15 @@ def _nvidia_resources(compiled, target: str) -> Resources:
     loops = _loops(listing)
     products = [sum(bool(re.search(_MATRIX_INSTRUCTION[target], line)) for line in loop) for loop in loops]
     tiles = [max(1, n // max(1, min(products))) for n in products]
-    per_tile, main = min(((len(loop) / n, loop) for loop, n in zip(loops, tiles, strict=True)), default=(None, []))
+    main = sorted((len(loop) / n, loop) for loop, n in zip(loops, tiles, strict=True))[:main_loops]
     return Resources(
         registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
         spill_bytes=int(re.search(r"\bSTACK:(\d+)", usage)[1]),
         shared_memory=compiled.metadata.shared,
         matrix_instructions=len(re.findall(_MATRIX_INSTRUCTION[target], listing)),
         loops=loops,
-        spills_in_loop=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in main),
-        instructions_per_tile=per_tile,
+        spills_in_loop=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for _, loop in main for line in loop),
+        instructions_per_tile=sum(n for n, _ in main) or None,
         serialized=any(_waits(loop) >= n > 0 for loop, n in zip(loops, products, strict=True)),
         listing=listing,
     )
@@ -169,7 +171,7 @@ def _loops(listing: str) -> list[list[str]]:
     return loops
 
 
-def _amd_resources(compiled, target: str) -> Resources:
+def _amd_resources(compiled, target: str, main_loops: int) -> Resources:
     listing = compiled.asm["amdgcn"]
     return Resources(
         registers=int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1]),

@@ -6,8 +6,9 @@ from unittest import mock
 import torch
 
 from tests.compile.ahead_of_time import Launch, record_launches
+from txl_kernels import triton_backend
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.triton_backend import call, launch
+from txl_kernels.triton_backend import call
 from txl_kernels.triton_backend.launch_table import Launch as Row
 from txl_kernels.triton_backend.launch_table import launch_for
 
@@ -70,8 +71,8 @@ def launches(
     needs_grad = [(x := getattr(inputs, n)) is not None and x.is_floating_point() for n in DIFFERENTIABLE]
 
     def run() -> None:
-        out, lse = launch.forward(inputs, options)
-        launch.backward(q, None, inputs, out, lse, options, needs_grad)
+        out, lse = triton_backend.forward(inputs, options)
+        triton_backend.backward(q, None, inputs, out, lse, options, needs_grad)
 
     generations = mock.patch.object(call, "generation_of", return_value=generation)
     rows = mock.patch.object(call, "launch_for", side_effect=launch_for if row is None else lambda *_: row)

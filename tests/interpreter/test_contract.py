@@ -12,7 +12,7 @@ from reference.eager import rel_attention_eager
 from tests.accuracy import assert_all_close_to_truth, outputs_and_gradients, truth_and_reference
 from tests.contract import FEATURES, compatible, make_problem, pairs
 from txl_kernels import dropout, rel_attention
-from txl_kernels.triton_backend import call, launch
+from txl_kernels.triton_backend import call, launch_forward
 from txl_kernels.triton_backend.launch_table import Launch
 
 triton_attention = functools.partial(rel_attention, backend="triton")
@@ -106,9 +106,11 @@ def test_ranges_of_the_workspace(name, ranges, use_tiles, use_ranges):
 def test_ranges_of_keys(name, dtype, use_tiles, monkeypatch):
     """Few queries: the keys go to several programs, whose results are put together; some have no visible key."""
     use_tiles(16, 16)
-    monkeypatch.setattr(launch, "_RANGE_KEYS", 16)
-    kernel, grids = launch.combine_kernel, []
-    monkeypatch.setattr(launch, "combine_kernel", mock.MagicMock(__getitem__=lambda _, x: grids.append(x) or kernel[x]))
+    monkeypatch.setattr(launch_forward, "_RANGE_KEYS", 16)
+    kernel, grids = launch_forward.combine_kernel, []
+    monkeypatch.setattr(
+        launch_forward, "combine_kernel", mock.MagicMock(__getitem__=lambda _, x: grids.append(x) or kernel[x])
+    )
     check(TOGETHER.get(name, {name} - {"nothing"}), T=5, M=85, dtype=dtype)
     assert grids == [(4,)]
 
@@ -171,6 +173,16 @@ def test_tiles_outside_the_window_are_skipped(use_tiles):
     got = outputs_and_gradients(triton_attention, inputs, dout, **options)
     assert all(torch.equal(got[name], clean[name]) for name in clean)
     assert torch.count_nonzero(got["k"][:, :, :57]) == 0
+
+
+def test_nan_in_rows_of_r_that_only_keys_before_the_window_use(use_tiles):
+    use_tiles(16, 16)
+    inputs, options = make_problem(frozenset(), **(SIZES | {"T": 32, "M": 64}))
+    options["window"] = (7, -1)
+    clean = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    inputs["r"][..., : 96 - 8, :] = float("nan")  # distances 95 ... 8
+    got = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    assert all(torch.equal(got[name], clean[name]) for name in clean)
 
 
 def test_keys_beyond_the_lengths_are_not_read(use_tiles):

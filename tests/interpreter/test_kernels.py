@@ -12,7 +12,7 @@ from tests.accuracy import (
     truth_and_reference,
 )
 from txl_kernels import rel_attention
-from txl_kernels.triton_backend import call, launch
+from txl_kernels.triton_backend import call, launch_backward
 
 
 def triton_attention(**kwargs):
@@ -232,7 +232,7 @@ def test_rows_of_r_that_no_visible_pair_uses_get_zero_gradient(use_tiles):
 def test_batch_split_of_dr(B, use_tiles, monkeypatch):
     """Batch elements are divided over programs unevenly (7 over 5), and summed in one order."""
     use_tiles(16, 16)
-    monkeypatch.setattr(launch, "_DR_PROGRAMS", 10)
+    monkeypatch.setattr(launch_backward, "_DR_PROGRAMS", 10)
     check(make_inputs(B, 1, 17, 9, 16))
 
 

@@ -3,7 +3,8 @@
 from triton.runtime.interpreter import InterpretedFunction
 
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch import backward, forward
+from txl_kernels.triton_backend.launch_backward import backward
+from txl_kernels.triton_backend.launch_forward import forward
 
 INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 

@@ -1,5 +1,6 @@
 """What one call of the operator is to the kernels: sizes, operands and how tiles of them are loaded."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -198,3 +199,8 @@ def _input_precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: exactly, unless the user lets PyTorch use tf32 on an NVIDIA GPU."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
     return "tf32" if dtype is torch.float32 and allowed else "ieee"
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()

@@ -1,6 +1,5 @@
-"""Launchers: the two entry points of the backend, from validated tensors to kernel arguments."""
+"""Launchers of the backward pass: the passes that share the workspace of ranges.py, and what stands around them."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -13,62 +12,14 @@ from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
 from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
-from txl_kernels.triton_backend.call import Call, contiguous, padded, strided
-from txl_kernels.triton_backend.forward_kernel import forward_kernel
-from txl_kernels.triton_backend.launch_table import FEW_QUERIES
+from txl_kernels.triton_backend.call import Call, contiguous, on_device_of, padded, strided
 from txl_kernels.triton_backend.ranges import Range, ranges_of
-from txl_kernels.triton_backend.vector_kernels import combine_kernel, row_stats_kernel
+from txl_kernels.triton_backend.vector_kernels import row_stats_kernel
 
 _VECTOR_BLOCK = 64
 # The dr kernel divides the batch where it has fewer (row block, head) pairs than this: a few for each processor.
 # The number is fixed, not read off the device, so that sums have the same order everywhere.
 _DR_PROGRAMS = 512
-# One tile of queries, as in generation, leaves most of a GPU idle where there are few (batch, head) pairs: the keys
-# are divided into ranges of a multiple of _RANGE_KEYS, up to so many programs. Fixed numbers, for the same reason.
-_RANGE_PROGRAMS, _RANGE_KEYS, _RANGE_ROWS = 512, 128, 16
-
-
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """Output like q and log-sum-exp (B, H, T), of non-empty inputs as the operator normalises them."""
-    q = inputs.q
-    with _on_device_of(q):
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=inputs.kernel_lse_dtype, device=q.device)
-        kernel = "few" if q.shape[2] <= FEW_QUERIES else "forward"
-        call = Call(inputs, options, out, copy_rows=kernel == "forward")
-        tiling = call.tiling(kernel)
-        tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
-        if tiles == 1:
-            ranges = max(1, min(_RANGE_PROGRAMS // (call.B * call.H), call.S // _RANGE_KEYS))
-        if ranges > 1:
-            range_keys = _RANGE_KEYS * triton.cdiv(call.S, _RANGE_KEYS * ranges)
-            ranges = triton.cdiv(call.S, range_keys)
-            parts = torch.empty((ranges * call.B, *q.shape[1:]), dtype=torch.float32, device=q.device)
-            lse_parts = lse.new_empty(len(parts), *lse.shape[1:])
-        else:
-            parts, lse_parts = out, lse
-        forward_kernel[(tiles * call.B * call.H, ranges)](
-            **call.operands(kernel),
-            **strided("out", "o", "bhm", parts),
-            lse_ptr=lse_parts,
-            range_keys=range_keys,
-            **tiling,
-        )
-        if ranges > 1:
-            combine_kernel[(triton.cdiv(call.T, _RANGE_ROWS) * call.B * call.H,)](
-                out_parts_ptr=parts,
-                lse_parts_ptr=lse_parts,
-                **strided("out", "o", "bhm", out),
-                lse_ptr=lse,
-                ranges=ranges,
-                H=call.H,
-                T=call.T,
-                ALIGNED=call.aligned,
-                D=call.D,
-                BLOCK_D=padded(call.D),
-                BLOCK_M=_RANGE_ROWS,
-            )
-    return out, lse
 
 
 def backward(
@@ -81,7 +32,7 @@ def backward(
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of DIFFERENTIABLE; None for those that need none."""
-    with _on_device_of(out):
+    with on_device_of(out):
         call = Call(inputs, options, out, dout, copy_rows=True)
         shared = {**strided("do", "do", "bhm", call.dout), **_row_stats(call, out, dout, lse, dlse)}
         needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
@@ -130,7 +81,7 @@ class _Gradients:
         self._call = call
         self._ranges = ranges_of(call.B, call.H, call.T, call.S, arguments["begin"], arguments["reach"], call.itemsize)
         self._with_queries = bool(needed & {"q", "q_pos", "position_bias", "segment_scores"})
-        self._with_rows = bool(needed & {"r", "r_bias"}) and call.P > 0
+        self._with_rows = bool(needed & {"r", "r_bias"})
         self._dkv, self._dq, self._dr = (call.tiling(kernel) for kernel in ("dkv", "dq", "dr"))
         self._add_keys = any(part.i_first > 0 for part in self._ranges)
         self._add_queries = len({part[4:] for part in self._ranges}) > len({part.i_first for part in self._ranges})
@@ -171,7 +122,7 @@ class _Gradients:
     def run(self, shared: dict) -> dict[str, Tensor | None]:
         """Runs the passes: gradients by name, in the dtype and layout of the inputs."""
         call = self._call
-        inputs, group = call.inputs, call.group
+        inputs = call.inputs
         buffer = inputs.q.new_empty(max(part.pairs for part in self._ranges))
         for part in self._ranges:
             ds = buffer[: part.pairs].view(part.slots, part.i_last - part.i_first, -1)
@@ -182,22 +133,23 @@ class _Gradients:
                 self._row_pass(part, ds)
 
         dk, dv = self.dk, self.dv
-        if group > 1:
-            dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
-        served = [] if call.r_batches > 1 else [0]
-        if inputs.r is not None and inputs.r.shape[1] != call.H:
-            served.append(1)
-        return {
-            "q": _like(inputs.q, self.dq),
-            "k": _like(inputs.k, dk),
-            "v": _like(inputs.v, dv),
-            "r": _like(inputs.r, self.dr, served),
-            "content_bias": _like(inputs.content_bias, self.du, (0, 2)),
-            "position_bias": _like(inputs.position_bias, self.dposition_bias, (0, 2)),
-            "q_pos": _like(inputs.q_pos, self.dq_pos),
-            "r_bias": _like(inputs.r_bias, self.dr_bias, (0,)),
-            "segment_scores": _like(inputs.segment_scores, self.dsegment),
-        }
+        if call.group > 1:
+            parts = (x.unflatten(1, (-1, call.group)).sum(2) for x in (dk, dv))
+            dk, dv = map(_like, (inputs.k, inputs.v), parts)
+        grads = {"k": dk, "v": dv, "content_bias": _like(inputs.content_bias, self.du, (0, 2))}
+        if self._with_queries:
+            grads |= {
+                "q": self.dq,
+                "q_pos": self.dq_pos,
+                "position_bias": _like(inputs.position_bias, self.dposition_bias, (0, 2)),
+                "segment_scores": _like(inputs.segment_scores, self.dsegment),
+            }
+        if self._with_rows:
+            served = [] if call.r_batches > 1 else [0]
+            if inputs.r is not None and inputs.r.shape[1] != call.H:
+                served.append(1)
+            grads |= {"r": _like(inputs.r, self.dr, served), "r_bias": _like(inputs.r_bias, self.dr_bias, (0,))}
+        return {name: x if x is None else x.to(getattr(inputs, name).dtype) for name, x in grads.items()}
 
     def _key_pass(self, part: Range, ds: Tensor, shared: dict) -> None:
         tiles = triton.cdiv(part.j_last - part.j_first, self._dkv["BLOCK_N"])
@@ -298,11 +250,4 @@ def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()
     if x is None:
         return None
     total = total.sum(dimensions) if dimensions else total
-    if total.dtype is x.dtype and total.shape == x.shape and not dimensions:
-        return total
     return torch.empty_like(x).copy_(total.view(x.shape))
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
