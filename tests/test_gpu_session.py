@@ -70,6 +70,26 @@ def test_gpu_parts_hold_every_test_once():
     assert found == {file: {*names, "others"} for file, names in gpu.TESTS.items()}
 
 
+WITHOUT_TRANSFORMERS = """
+import sys, pytest
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_what_is_not_installed_is_skipped_not_failed():
+    """An empty part must pass, or the session ends with an error on machines without the packages of others."""
+    (arguments,) = (x for name, x in gpu.benchmark_parts() if name == "benchmark-longest_audio")
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, *arguments, "-rs", "--device=cpu", "--smoke"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "transformers is not installed" in run.stdout
+
+
 def test_tuner_times_a_shortlist_and_goes_on_behind_a_candidate_that_hung(monkeypatch, tmp_path, capsys):
     timed, state = [], tmp_path / "tune.jsonl"
     todo = tune.jobs(["dq"], [64], "sm_90", (2,))[:4]
