@@ -126,12 +126,25 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch, failin
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_works(text, straight, tmp_path, capsys, kept):
+def cut_off(part):
+    return lambda whole: whole[: int(part * len(whole))]
+
+
+def with_a_flipped_bit(whole):
+    """In a tensor, where only a checksum tells."""
+    place = len(whole) // 2
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+DAMAGES = {"empty": cut_off(0), "header": cut_off(1e-3), "half": cut_off(0.5), "end": cut_off(0.999)}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), with_a_flipped_bit], ids=[*DAMAGES, "flipped bit"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_works(text, straight, tmp_path, capsys, damage):
     for path in straight.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     newest = lm.checkpoint.step_paths(tmp_path)[-1]
-    newest.write_bytes(newest.read_bytes()[: int(kept * newest.stat().st_size) if kept < 1 else kept])
+    newest.write_bytes(damage(newest.read_bytes()))
     assert program("train", tmp_path, "--resume", "--device", "cpu") == 2
     message = capsys.readouterr().err
     assert "step-00000024.pt: expected a checkpoint, got a file that is cut off or damaged (" in message
