@@ -31,7 +31,7 @@ from txl_kernels.layer_steps import (
     projected_positions,
 )
 from txl_kernels.op import autocast_enabled
-from txl_kernels.validation import MAX_HEAD_SIZE
+from txl_kernels.validation import MAX_HEAD_SIZE, check_window
 
 
 class _RelMultiHeadAttn(nn.Module):
@@ -123,6 +123,7 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
             ValueError: A shape does not fit, or r has fewer than S rows.
             TypeError: A dtype does not fit.
         """
+        _check_tensors(w=w, r=r, r_w_bias=r_w_bias, r_r_bias=r_r_bias)
         _check_states(self, w, mems)
         C, S = w.shape[2], _kv_len(w, mems)
         if r.shape[1:] not in ((1, C), (C,)):
@@ -172,6 +173,7 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
             ValueError: A shape does not fit.
             TypeError: A dtype does not fit.
         """
+        _check_tensors(w=w, r_emb=r_emb, r_w_bias=r_w_bias, r_bias=r_bias)
         _check_states(self, w, mems)
         H, D, S = self.n_head, self.d_head, _kv_len(w, mems)
         if r_emb.shape[1:] != (H, D) or not r_emb.shape[0]:
@@ -197,6 +199,7 @@ def _attend(
     window: tuple[int, int] | None,
 ) -> Tensor:
     """From hidden states (T, B, C) to hidden states, projecting the memory."""
+    check_window(window)
     (T, B, _), S = w.shape, _kv_len(w, mems)
     visible = visibility(attn_mask, T, S, B, reader=layer).within(window)
     q, kv = project_queries(layer, w)
@@ -208,12 +211,21 @@ def _kv_len(w: Tensor, mems: Tensor | None) -> int:
     return w.shape[0] if mems is None else mems.shape[0] + w.shape[0]
 
 
+def _check_tensors(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _check_states(layer: nn.Module, w: Tensor, mems: Tensor | None) -> None:
     C = layer.qkv_net.weight.shape[1]
     if w.ndim != 3 or w.shape[2] != C:
         raise ValueError(f"w: expected (T, B, d_model) with d_model = {C}, got {tuple(w.shape)}")
     check_dtype(layer, "w", w)
-    if mems is not None and mems.shape[:1] != (0,):
+    if mems is None:
+        return
+    _check_tensors(mems=mems)
+    if mems.shape[:1] != (0,):
         if mems.shape[1:] != w.shape[1:]:
             raise ValueError(f"mems: expected (M, B, d_model) = (M, {w.shape[1]}, {C}) as w, got {tuple(mems.shape)}")
         check_dtype(layer, "mems", mems)
