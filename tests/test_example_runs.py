@@ -337,6 +337,21 @@ def test_bad_options_are_named_before_anything_is_written(text, tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["train", "run", "--cutoffs", "9,x"], "--cutoffs: expected integers like 20000,40000, got 9,x"),
+        (["train", "run", "--min-count", "0"], "--min-count: expected an integer >= 1, got 0"),
+        (["generate", "run", "--tokens", "all"], "--tokens: expected an integer >= 1, got all"),
+    ],
+)
+def test_what_is_no_number_is_named(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        program(*options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ([], "expected a new folder, got one with a run; --resume goes on with it"),
         (["--resume", "--batch", "8"], "--batch: the run was started with 4, got 8; to change it, start a new run"),
         (["--resume", "--configuration", "wt103-base"], "the run was started with 2, got 16"),
