@@ -291,6 +291,15 @@ def test_evaluate_repeats_the_test_of_the_run(straight, capsys):
     assert capsys.readouterr().out.startswith("valid: ")
 
 
+def test_the_best_model_of_a_run_is_read(tmp_path):
+    """By validation; before the first one, or where it was removed, the newest."""
+    for name in ("step-00000006.pt", "step-00000012.pt", "best.pt"):
+        (tmp_path / name).touch()
+    assert lm.checkpoint.model_path(tmp_path) == tmp_path / "best.pt"
+    (tmp_path / "best.pt").unlink()
+    assert lm.checkpoint.model_path(tmp_path) == tmp_path / "step-00000012.pt"
+
+
 def test_curves_are_drawn(straight, one_process, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert program("plot", straight, one_process, tmp_path / "a.svg") == 0
