@@ -4,17 +4,15 @@ import pytest
 import torch
 
 import txl_kernels
+from benchmarks.families import FRAMES_PER_SECOND
 from benchmarks.measure import MIB, Stopwatch, longest, peak_memory
-
-pytest.importorskip("transformers", reason="transformers is not installed (tests/patching/requirements.txt)")
-
-from benchmarks.families import FRAMES_PER_SECOND, parakeet
 
 SECONDS = 10.0  # that one forward may take
 CPU_MEMORY = 256 * MIB  # beyond the model's and the input's; on a GPU all there is
 
 
 def test_longest_audio(benchmark, settings, record):
+    pytest.importorskip("transformers", reason="transformers is not installed (tests/patching/requirements.txt)")
     most = 64 if settings.smoke else None
 
     def search():
@@ -33,6 +31,8 @@ def test_longest_audio(benchmark, settings, record):
 
 def _seconds(side, settings):
     """A function of T: the time of one forward, or None if it does not fit."""
+    from benchmarks.families import parakeet
+
     stopwatch = Stopwatch(settings.device)
 
     def seconds(T: int) -> float | None:

@@ -230,7 +230,10 @@ def _add_fields(parser: argparse.ArgumentParser, *groups: str) -> None:
 
 
 def _cutoffs(text: str) -> tuple[int, ...]:
-    return tuple(int(cutoff) for cutoff in text.split(",") if cutoff)
+    cutoffs = [cutoff for cutoff in text.split(",") if cutoff]
+    if not all(map(str.isdecimal, cutoffs)):
+        raise argparse.ArgumentTypeError(f"expected integers like 20000,40000, got {text}")
+    return tuple(map(int, cutoffs))
 
 
 _KINDS: dict[str, dict[str, Any]] = {
@@ -243,9 +246,9 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def _count(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected >= 1, got {count}")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

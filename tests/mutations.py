@@ -150,6 +150,7 @@ PATCHES = {
     "NeMo: local distances from the centre": ("nemo", "patching/families/nemo.py", "first_distance=left)", "first_distance=None)"),
     "ESPnet: future not without positions": ("espnet", "patching/families/espnet.py", "r = r[..., :S, :]", "r = r"),
     "ESPnet: legacy rows end at 0": ("espnet", "patching/families/espnet.py", "wrap_future=is_legacy and not self.zero_triu", "wrap_future=False"),
+    "ESPnet: plots without weights": ("espnet", "patching/families/espnet.py", "== _PLOTS for", "is None for"),
     "ESPnet transducer: padding in front seen in chunks": ("espnet_transducer", "patching/families/espnet_transducer.py", "else chunks & visible", "else chunks"),
     "SpeechBrain: biases transposed": ("speechbrain", "patching/families/speechbrain.py", "self.pos_bias_u.view(H, -1)", "self.pos_bias_u.view(-1, H).t()"),
     "SpeechBrain: scaled by the head": ("speechbrain", "patching/families/speechbrain.py", "scale=self.scale,", ""),

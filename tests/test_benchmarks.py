@@ -1,9 +1,6 @@
 """The benchmarks' machinery: what they count, compare, refuse and print."""
 
 import json
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -273,96 +270,6 @@ def test_report_tells_that_memory_helps():
     result = {"memory_helps": losses, "period": 24, "segment": 16, "memory": 12, "clamp_len": 27, "machine": MACHINE}
     text = report.markdown([result])
     assert "| | 0 | 12 |\n|---|--:|--:|\n| trained with memory | 2.90 | 2.06 |\n| same_length |  | 1.50 |" in text
-
-
-@pytest.fixture
-def gpu_parts(monkeypatch, tmp_path):
-    """Runs benchmarks.gpu with arguments; every part passes, but for those in `outcomes`. Returns what was done."""
-    pytest.importorskip("triton")
-    from benchmarks import gpu
-
-    def run(*arguments, **outcomes):
-        done = []
-
-        def run_part(name, arguments, seconds, beside=False):
-            assert beside == name.startswith("tests")
-            done.append(name)
-            passed = outcomes.get(name.replace("-", "_"), True)
-            if passed:
-                (tmp_path / f"{name}.done").touch()
-            return passed
-
-        monkeypatch.setattr(gpu, "run_part", run_part)
-        monkeypatch.setattr(gpu, "save", lambda results: done.append("saved"))
-        monkeypatch.setattr("sys.argv", ["gpu", *arguments])
-        try:
-            gpu.main()
-        except SystemExit as stopped:
-            done.append(stopped.code)
-        return done
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "STATE", tmp_path)
-    return run
-
-
-def test_gpu_parts_go_on_where_time_was_up(gpu_parts, capsys):
-    """Finished parts are not run again; results are saved before the tuner, which comes last."""
-    from benchmarks import gpu, tune
-
-    tests, benchmarks = ([name for name, _ in parts()] for parts in (gpu.test_parts, gpu.benchmark_parts))
-    first = gpu_parts(benchmark_wt103_large=None)
-    assert sorted(first[: len(tests)]) == sorted(tests)
-    place = benchmarks.index("benchmark-wt103_large")
-    assert first[len(tests) :] == [*benchmarks[: place + 1], "saved", tune.UNFINISHED]
-    assert gpu_parts(tune=None) == [*benchmarks[place:], "saved", "tune", tune.UNFINISHED]
-    assert gpu_parts() == ["saved", "tune"]
-    assert capsys.readouterr().out.endswith("all parts are done\n")
-
-
-def test_gpu_parts_can_be_chosen_and_a_failure_stops_no_other(gpu_parts):
-    done = gpu_parts("--only", "tests-layer", "benchmark-square_512", "tune", tests_layer_others=False)
-    assert done == ["tests-layer-others", "benchmark-square_512", "saved", "tune", "failed: tests-layer-others"]
-
-
-def test_gpu_parts_hold_every_test_once():
-    """No test has two of the names that divide its file, and no file is left out."""
-    pytest.importorskip("triton")
-    from benchmarks import gpu
-
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/gpu", "-m", "gpu and not long"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {}
-    for file, test in re.findall(r"^tests/gpu/test_(\w+)\.py::(.*)$", listing, re.MULTILINE):
-        chosen = [name for name in gpu.TESTS[file] if name in test]
-        assert len(chosen) <= 1, test
-        found.setdefault(file, set()).update(chosen or ["others"])
-    assert found == {file: {*names, "others"} for file, names in gpu.TESTS.items()}
-
-
-def test_tuner_times_a_shortlist_and_goes_on_behind_a_candidate_that_hung(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("triton")
-    from benchmarks import tune
-
-    timed, state = [], tmp_path / "tune.jsonl"
-    todo = tune.jobs(["dq"], [64], "sm_90", (2,))[:4]
-
-    def measured(work, row, stopwatch, device):
-        timed.append(row)
-        if row == todo[1].row:
-            raise KeyboardInterrupt
-        return {"ms": float(len(timed))}
-
-    def sweep():
-        return tune.measured_sweep(torch.device("cpu"), todo, 1.0, state, True, lambda group: group[:3])
-
-    monkeypatch.setattr(tune, "Pass", lambda *args: None)
-    monkeypatch.setattr(tune, "measured", measured)
-    with pytest.raises(KeyboardInterrupt):
-        sweep()
-    assert sweep()
-    assert timed == [job.row for job in todo[:3]]
-    assert f'"dq": {{64: Launch{tuple(todo[0].row)}}},' in capsys.readouterr().out
 
 
 def test_text_comes_from_cpython_or_a_file(monkeypatch, tmp_path):

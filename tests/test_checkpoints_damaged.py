@@ -147,6 +147,26 @@ def test_damaged(what, kind, tmp_path):
     assert refused > 20
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_flipped_bit_of_a_number(checksums, tmp_path):
+    """Told by the checksums of torch.save, unless it was told to write none; such a file is read all the same."""
+    path, state = tmp_path / "модель.pt", golden_state("attn0")
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_original(path, **golden_arguments("attn0"))
+    whole = path.read_bytes()
+    place = whole.index(state["layers.1.dec_attn.qkv_net.weight"].numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    if checksums:
+        with pytest.raises(CheckpointError, match=r"модель\.pt: damaged, .*: Bad CRC-32 for file"):
+            load_original(path, **golden_arguments("attn0"))
+    else:
+        load_original(path, **golden_arguments("attn0"))
+
+
 @pytest.mark.parametrize("keys", [[1, "0"], ["0", "0"], [], "0", [["0"]], None, {"0": 1}])
 def test_a_list_of_storages_that_is_none(keys, tmp_path):
     path = crafted(tmp_path / "state.pt", tensor_pickle(), "legacy")

@@ -92,6 +92,13 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
     assert corpus.vocabulary.symbols == BYTES
 
 
+def test_a_text_of_a_few_words_has_words(tmp_path):
+    """The last of them, too, tells it from one of single characters."""
+    corpus = load_corpus(write(tmp_path, train="I a dog", valid="a dog", test="dog I"))
+    assert corpus.vocabulary.units == "words"
+    assert text_of(corpus, "train") == "I a dog \n"
+
+
 def test_without_a_path_it_is_the_documentation_of_cpython():
     corpus, again = load_corpus(None), load_corpus(None)
     text = "".join(text_of(corpus, split) for split in corpus.splits)

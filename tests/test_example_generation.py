@@ -46,6 +46,7 @@ def test_equal_probabilities_keep_the_first():
     log_probs = torch.zeros(6).log_softmax(0)
     assert distribution(log_probs, top_k=2).tolist() == [0.5, 0.5, 0, 0, 0, 0]
     assert distribution(log_probs, temperature=0).argmax() == 0
+    assert distribution(torch.zeros(2), top_p=0.5).tolist() == [1, 0]  # one reaches it
 
 
 # What is drawn

@@ -126,12 +126,25 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch, failin
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_works(text, straight, tmp_path, capsys, kept):
+def cut_off(part):
+    return lambda whole: whole[: int(part * len(whole))]
+
+
+def with_a_flipped_bit(whole):
+    """In a tensor, where only a checksum tells."""
+    place = len(whole) // 2
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+DAMAGES = {"empty": cut_off(0), "header": cut_off(1e-3), "half": cut_off(0.5), "end": cut_off(0.999)}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), with_a_flipped_bit], ids=[*DAMAGES, "flipped bit"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_works(text, straight, tmp_path, capsys, damage):
     for path in straight.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     newest = lm.checkpoint.step_paths(tmp_path)[-1]
-    newest.write_bytes(newest.read_bytes()[: int(kept * newest.stat().st_size) if kept < 1 else kept])
+    newest.write_bytes(damage(newest.read_bytes()))
     assert program("train", tmp_path, "--resume", "--device", "cpu") == 2
     message = capsys.readouterr().err
     assert "step-00000024.pt: expected a checkpoint, got a file that is cut off or damaged (" in message
@@ -278,6 +291,15 @@ def test_evaluate_repeats_the_test_of_the_run(straight, capsys):
     assert capsys.readouterr().out.startswith("valid: ")
 
 
+def test_the_best_model_of_a_run_is_read(tmp_path):
+    """By validation; before the first one, or where it was removed, the newest."""
+    for name in ("step-00000006.pt", "step-00000012.pt", "best.pt"):
+        (tmp_path / name).touch()
+    assert lm.checkpoint.model_path(tmp_path) == tmp_path / "best.pt"
+    (tmp_path / "best.pt").unlink()
+    assert lm.checkpoint.model_path(tmp_path) == tmp_path / "step-00000012.pt"
+
+
 def test_curves_are_drawn(straight, one_process, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert program("plot", straight, one_process, tmp_path / "a.svg") == 0
@@ -319,6 +341,21 @@ def test_bad_options_are_named_before_anything_is_written(text, tmp_path, capsys
     assert program("train", run, "--data", text, *TINY, *options) == 2
     assert message in capsys.readouterr().err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["train", "run", "--cutoffs", "9,x"], "--cutoffs: expected integers like 20000,40000, got 9,x"),
+        (["train", "run", "--min-count", "0"], "--min-count: expected an integer >= 1, got 0"),
+        (["generate", "run", "--tokens", "all"], "--tokens: expected an integer >= 1, got all"),
+    ],
+)
+def test_what_is_no_number_is_named(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        program(*options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

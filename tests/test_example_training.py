@@ -1,6 +1,7 @@
 """The example's training step, schedule, configurations, evaluation and progress, against plain definitions."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lm.configurations import CONFIGURATIONS
 from lm.corpus import load_corpus
 from lm.evaluation import evaluate
-from lm.log import Log
+from lm.log import Log, draw_curves, read
 from lm.ranks import Ranks
 from lm.training import Training, scheduled_rate
 
@@ -90,6 +91,15 @@ def test_a_state_is_the_whole_of_a_run(corpus):
     assert [other.advance() and other.take_loss() for _ in range(3)] == wanted
 
 
+def test_a_step_to_nowhere_is_not_saved(corpus):
+    """Its own loss was finite: such a checkpoint would take the place of one that a lower --lr can go on from."""
+    training = Training(_tiny(batch=4, tgt_len=8), corpus, CPU)
+    training.advance()
+    training.model.layers[0].dec_attn.o_net.weight.data[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="parameters: not finite after step 1; lower --lr"):
+        training.state()
+
+
 # Configurations
 
 
@@ -155,6 +165,27 @@ def test_a_progress_line_is_cut_to_the_terminal(monkeypatch):
     terminal = Terminal()
     Log(None, steps=10, stream=terminal).progress(5, seconds_left=59.9, bpc=2.5, loss=1.7, lr=0.001)
     assert "".join(terminal) == "\r5/10 [##########          ] 2.5 bpc, 0."
+
+
+def test_a_log_is_json_whatever_the_values(tmp_path):
+    """NaN and infinity are not JSON; what goes on from a log keeps what it says, and pictures show a gap."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    path = tmp_path / "run" / "log.jsonl"
+    path.parent.mkdir()
+    Log(path, steps=10).progress(1, seconds_left=1.0, bpc=2.5, loss=1.7)
+    Log(path, steps=10, after=1).event(2, valid_bpc=math.nan, valid_loss=math.inf)
+    Log(path, steps=10, after=2).event(3, valid_bpc=2.25, valid_loss=1.5)
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert lines[1] == {"step": 2, "valid_bpc": None, "valid_loss": None}
+    events = read(path)
+    assert math.isnan(events[1]["valid_bpc"])
+    assert [events[0], events[2]] == [lines[0], lines[2]]
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    draw_curves([path.parent], tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").stat().st_size
 
 
 def test_a_reader_that_is_gone_does_not_end_the_run():

@@ -306,3 +306,11 @@ def test_meta_tensors_have_shapes_only():
     layer = RelPartialLearnableMultiHeadAttn(2, 16, 8, dropout=0.0).to("meta")
     w, r, bias = (torch.empty(shape, device="meta") for shape in ((3, 2, 16), (3, 1, 16), (2, 8)))
     assert layer(w, r, bias, bias).shape == (3, 2, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_biases_may_stay_in_float32(dtype):
+    """As `rel_attention` takes them beside queries of 16 bits."""
+    layer, inputs = make_layer(dtype=dtype), make_inputs(4, 3, dtype=dtype)
+    wider = {name: inputs[name].float() for name in ("r_w_bias", "r_r_bias")}
+    assert torch.equal(layer(**inputs | wider), layer(**inputs))

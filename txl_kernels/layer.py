@@ -18,6 +18,7 @@ The ``same_length`` of the original needs no mask: ``window=(mem_len - 1, -1)`` 
 Legend: B batch, H heads, T segment length, M memory length, S = M + T, P rows of r, D head size, C width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from txl_kernels.layer_mask import visibility
@@ -30,6 +31,7 @@ from txl_kernels.layer_steps import (
     projected_positions,
 )
 from txl_kernels.op import autocast_enabled
+from txl_kernels.validation import MAX_HEAD_SIZE, check_window
 
 
 class _RelMultiHeadAttn(nn.Module):
@@ -40,11 +42,14 @@ class _RelMultiHeadAttn(nn.Module):
         d_model: Width C of the hidden states.
         d_head: Head size D, 1 to 256.
         dropout: Probability on the output of the last projection.
-        dropatt: Probability on the attention probabilities.
+        dropatt: Probability on the attention probabilities, below 1.
         tgt_len: Accepted as in the original, not used.
         ext_len: Accepted as in the original, not used.
         mem_len: Accepted as in the original, not used.
         pre_lnorm: Normalise memory and segment before the projections instead of the sum after them.
+
+    Raises:
+        ValueError: d_head or dropatt is out of its range.
     """
 
     _projects_r = False
@@ -62,6 +67,10 @@ class _RelMultiHeadAttn(nn.Module):
         pre_lnorm: bool = False,
     ) -> None:
         super().__init__()
+        if not 1 <= d_head <= MAX_HEAD_SIZE:
+            raise ValueError(f"d_head: expected 1 to {MAX_HEAD_SIZE}, got {d_head}")
+        if not 0 <= dropatt < 1:
+            raise ValueError(f"dropatt: expected a probability below 1, got {dropatt}")
         self.n_head, self.d_model, self.d_head, self.pre_lnorm = n_head, d_model, d_head, pre_lnorm
         self.scale = d_head**-0.5
         # In the original's order: a seed gives its numbers, and its optimizer states count parameters alike.
@@ -114,12 +123,16 @@ class RelPartialLearnableMultiHeadAttn(_RelMultiHeadAttn):
             ValueError: A shape does not fit, or r has fewer than S rows.
             TypeError: A dtype does not fit.
         """
-        C, S = self.qkv_net.weight.shape[1], _kv_len(w, mems)
+        _check_tensors(w=w, r=r, r_w_bias=r_w_bias, r_r_bias=r_r_bias)
+        _check_states(self, w, mems)
+        C, S = w.shape[2], _kv_len(w, mems)
         if r.shape[1:] not in ((1, C), (C,)):
             raise ValueError(f"r: expected (P, 1, d_model) or (P, d_model), d_model = {C}, got {tuple(r.shape)}")
         if r.shape[0] < S:
             raise ValueError(f"r: expected P >= S = M + T = {S - w.shape[0]} + {w.shape[0]} rows, got {r.shape[0]}")
         check_dtype(self, "r", r)
+        _check_bias(self, "r_w_bias", r_w_bias, w)
+        _check_bias(self, "r_r_bias", r_r_bias, w)
         return _attend(self, w, mems, projected_positions(self, r, r_w_bias, r_r_bias, S), attn_mask, window)
 
 
@@ -160,12 +173,16 @@ class RelLearnableMultiHeadAttn(_RelMultiHeadAttn):
             ValueError: A shape does not fit.
             TypeError: A dtype does not fit.
         """
+        _check_tensors(w=w, r_emb=r_emb, r_w_bias=r_w_bias, r_bias=r_bias)
+        _check_states(self, w, mems)
         H, D, S = self.n_head, self.d_head, _kv_len(w, mems)
         if r_emb.shape[1:] != (H, D) or not r_emb.shape[0]:
             raise ValueError(f"r_emb: expected (P, H, D) = (P, {H}, {D}) with P >= 1, got {tuple(r_emb.shape)}")
         if r_bias.shape != (r_emb.shape[0], H):
             raise ValueError(f"r_bias: expected (P, H) = ({r_emb.shape[0]}, {H}) as r_emb, got {tuple(r_bias.shape)}")
         check_dtype(self, "r_emb", r_emb)
+        _check_device("r_emb", r_emb, w)
+        _check_bias(self, "r_w_bias", r_w_bias, w)
         return _attend(self, w, mems, learned_positions(self, r_emb, r_w_bias, r_bias, S), attn_mask, window)
 
 
@@ -182,7 +199,7 @@ def _attend(
     window: tuple[int, int] | None,
 ) -> Tensor:
     """From hidden states (T, B, C) to hidden states, projecting the memory."""
-    _check_states(layer, w, mems)
+    check_window(window)
     (T, B, _), S = w.shape, _kv_len(w, mems)
     visible = visibility(attn_mask, T, S, B, reader=layer).within(window)
     q, kv = project_queries(layer, w)
@@ -194,15 +211,38 @@ def _kv_len(w: Tensor, mems: Tensor | None) -> int:
     return w.shape[0] if mems is None else mems.shape[0] + w.shape[0]
 
 
+def _check_tensors(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _check_states(layer: nn.Module, w: Tensor, mems: Tensor | None) -> None:
     C = layer.qkv_net.weight.shape[1]
     if w.ndim != 3 or w.shape[2] != C:
         raise ValueError(f"w: expected (T, B, d_model) with d_model = {C}, got {tuple(w.shape)}")
     check_dtype(layer, "w", w)
-    if mems is not None and mems.shape[0]:
+    if mems is None:
+        return
+    _check_tensors(mems=mems)
+    if mems.shape[:1] != (0,):
         if mems.shape[1:] != w.shape[1:]:
             raise ValueError(f"mems: expected (M, B, d_model) = (M, {w.shape[1]}, {C}) as w, got {tuple(mems.shape)}")
         check_dtype(layer, "mems", mems)
+
+
+def _check_bias(layer: nn.Module, name: str, bias: Tensor, w: Tensor) -> None:
+    wanted = (layer.n_head, layer.d_head)
+    if bias.shape != wanted:
+        raise ValueError(f"{name}: expected (H, D) = {wanted}, got {tuple(bias.shape)}")
+    if bias.dtype != torch.float32:  # which is added in float32 to whatever the parameters are
+        check_dtype(layer, name, bias)
+    _check_device(name, bias, w)
+
+
+def _check_device(name: str, x: Tensor, w: Tensor) -> None:
+    if x.device != w.device:
+        raise ValueError(f"{name}: expected device {w.device} (as w), got {x.device}")
 
 
 def check_dtype(layer: nn.Module, name: str, x: Tensor) -> None:

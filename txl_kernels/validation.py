@@ -87,6 +87,18 @@ def check_inputs(
         _check_int("first_distance", first_distance)
 
 
+def check_window(window: tuple[int, int] | None) -> None:
+    """Raises TypeError or ValueError unless it is (left, right) as in `rel_attention`, or None."""
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right) or None, got {window!r}")
+    for side, size in zip(("left", "right"), window, strict=True):
+        _check_int(f"window: {side}", size)
+        if size < -1:
+            raise ValueError(f"window: expected {side} >= 0, or -1 for unlimited, got {size}")
+
+
 def check_unwrapped_width(r: Tensor | None) -> None:
     """Raises where `wrap_future` cannot be had by an r of twice the width."""
     if r is not None and r.shape[-1] > MAX_HEAD_SIZE // 2:
@@ -140,13 +152,7 @@ def _check_visibility(
 ) -> None:
     batch, heads, q_len, _ = q.shape
     _check_bool("is_causal", is_causal)
-    if window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise TypeError(f"window: expected (left, right) or None, got {window!r}")
-        for side, size in zip(("left", "right"), window, strict=True):
-            _check_int(f"window: {side}", size)
-            if size < -1:
-                raise ValueError(f"window: expected {side} >= 0, or -1 for unlimited, got {size}")
+    check_window(window)
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
             raise TypeError(f"attn_mask: expected a tensor or None, got {type(attn_mask).__name__}")

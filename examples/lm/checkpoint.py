@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -31,6 +32,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         try:
+            _check_sums(file)
             contents = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of about every kind, by where the damage is
             reason = str(error).split("\n")[0][:200] or type(error).__name__
@@ -40,6 +42,18 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or "configuration" not in contents:
         raise ValueError(f"{path}: expected a checkpoint of this program, got something else")
     return contents
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """Raises ValueError, or zipfile's errors, unless every part has the checksum it was written with.
+
+    `torch.load` does not look at them: a byte that the disk changed would be another weight.
+    """
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} does not fit")
+    file.seek(0)
 
 
 def step_path(run: Path, step: int) -> Path:

@@ -113,8 +113,7 @@ def _read(path: Path | None, units: str | None, end: str) -> _Text:
 def _layout(file: Path) -> str:
     """The units of a file that the original's data scripts wrote, judged by how it starts."""
     with file.open(encoding="utf-8", errors="replace") as lines:
-        start = lines.read(1 << 12).split()
-    start = start[:-1] or start  # the last one may be cut
+        start = lines.read(1 << 12).split()  # if the last one is cut, it is still a number or a character
     if all(symbol in _NUMBERS for symbol in start):
         return "bytes"
     return "characters" if all(len(symbol) == 1 for symbol in start) else "words"

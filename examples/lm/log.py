@@ -19,9 +19,15 @@ def measure(loss: float, units: str) -> tuple[str, float]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that a kill cut off is left out."""
+    """The events of a log, NaN where a value was not finite; a last line that a kill cut off is left out."""
     lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    events = (json.loads(line) for line in lines[:-1])
+    return [{name: math.nan if value is None else value for name, value in event.items()} for event in events]
+
+
+def _line(event: dict[str, Any]) -> str:
+    """An event as JSON, which has no NaN and no infinity: there stands null."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in event.items()}) + "\n"
 
 
 class Log:
@@ -40,7 +46,7 @@ class Log:
         if path is not None:
             events = [event for event in read(path) if event["step"] <= after and "test_loss" not in event]
             unfinished = path.with_name(path.name + ".unfinished")
-            unfinished.write_text("".join(json.dumps(event) + "\n" for event in events))
+            unfinished.write_text("".join(map(_line, events)))
             unfinished.replace(path)
             self._file = path.open("a")
 
@@ -63,7 +69,7 @@ class Log:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.write(_line({"step": step} | values))
             self._file.flush()
 
     def _show(self, line: str, stays: bool = True) -> None:

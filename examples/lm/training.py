@@ -128,9 +128,11 @@ class Training:
         The tensors are those in use: write them before the next step.
 
         Raises:
-            FloatingPointError: A loss was not finite, so the state is worth nothing.
+            FloatingPointError: A loss was not finite, or a parameter is not, so the state is worth nothing.
         """
         self._finite_loss()
+        if not all(x.isfinite().all() for x in self.model.parameters()):
+            raise FloatingPointError(f"parameters: not finite after step {self.step}; lower --lr or raise --warmup")
         # columns side by side again, so that a run can go on with another number of ranks or parts
         layers = [torch.cat([part.cpu() for part in parts], 1) for parts in zip(*self._mems, strict=True)]
         mems = [self.ranks.gather(layer) for layer in layers]

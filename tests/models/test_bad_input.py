@@ -53,6 +53,7 @@ MEMS = [torch.zeros(4, 3, 12).double()] * 3
 @pytest.mark.parametrize(
     ("data", "target", "mems", "error", "message"),
     [
+        ([[1, 2]], TOKENS, [], TypeError, "data: expected a tensor of tokens, got list"),
         (TOKENS.float(), TOKENS, [], TypeError, r"data: expected dtype torch\.int64, got torch\.float32"),
         (TOKENS, TOKENS.int(), [], TypeError, r"target: expected dtype torch\.int64, got torch\.int32"),
         (TOKENS[0], TOKENS, [], ValueError, r"data: expected \(T, B\) with T >= 1, got \(3,\)"),

@@ -1,6 +1,8 @@
 """ESPnet's encoders before and after `patch`: espnet2's Conformer and E-Branchformer, and the modules alone."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import txl_kernels
 from tests.patching.tools import (
     assert_alike,
     assert_nothing_quadratic,
+    assert_own_method,
     assert_reads_once,
     assert_same_dropout,
     assert_same_under_autocast,
@@ -184,7 +187,7 @@ def test_dropout_of_attention(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_an_earlier_call_are_not_kept(kind):
-    """ESPnet plots what it finds there."""
+    """Not even by a module that is copied."""
     model, inputs = make_attention(kind), make_inputs(kind)
     attended(model, **inputs)
     assert model.attn.shape == (2, 4, 9, 9)
@@ -193,6 +196,34 @@ def test_weights_of_an_earlier_call_are_not_kept(kind):
     attended(model, **inputs)
     assert model.attn is None
     assert copy.deepcopy(model).attn is None
+
+
+@pytest.mark.filterwarnings("ignore:.*attention weights for plots")
+@pytest.mark.parametrize("kind", KINDS)
+def test_plots_of_the_trainer_get_weights(kind, monkeypatch):
+    """By default it draws those of every attention after each epoch, and ended on one that had none."""
+    alignments = types.ModuleType("espnet2.gan_tts.jets.alignments")  # whose package wants more than attention does
+    alignments.AlignmentModule = type("AlignmentModule", (), {})
+    monkeypatch.setitem(sys.modules, alignments.__name__, alignments)
+    from espnet2.main_funcs.calculate_all_attentions import calculate_all_attentions
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = make_encoder(kind)
+
+        def forward(self, speech, speech_lengths):
+            return self.encoder(speech, speech_lengths)[0]
+
+    model, inputs = Model().eval(), batch()
+    sample = {"speech": inputs["xs_pad"], "speech_lengths": inputs["ilens"]}
+    weights = lambda model: tuple(x for drawn in calculate_all_attentions(model, sample).values() for x in drawn)  # noqa: E731
+    warning = "MultiHeadedAttention: attention weights for plots"
+    assert len(assert_own_method(model, weights, warning)) == 2 * 3
+    model = copied(Model().eval())
+    calculate_all_attentions(model, sample)
+    model(**sample)
+    assert all(layer.self_attn.attn is None for layer in model.encoder.encoders)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,6 +82,17 @@ def test_causal(same_length, padded):
     assert_same_when_patched(model, lambda model, **inputs: two_segments(model, **inputs, **mask), inputs)
 
 
+@pytest.mark.parametrize(
+    "types",
+    [torch.tensor([0.0, 0.5, -0.0, 1.0]), torch.tensor([False, True, False, True])],
+    ids=["float", "bool"],
+)
+def test_token_types_are_told_apart_in_any_dtype(types):
+    """Its own forward compares them, so 0.5 is another type than 0, and -0.0 that of the memory."""
+    inputs = {"inputs_embeds": batch()["inputs_embeds"], "token_type_ids": types.repeat(4)[:T].expand(B, T)}
+    assert_same_when_patched(make().double(), two_segments, inputs)
+
+
 def test_sequences_read_backwards():
     mask = padding("right")
     run = lambda model, **inputs: states(model, attention_mask=mask, **inputs)  # noqa: E731

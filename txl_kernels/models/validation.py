@@ -63,6 +63,8 @@ def check_segment(
     """Raises TypeError or ValueError unless the arguments fit the contract of `MemTransformerLM.forward`."""
     tokens = {"data": data} if target is None else {"data": data, "target": target}
     for name, x in tokens.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor of tokens, got {type(x).__name__}")
         if x.dtype != torch.int64:
             raise TypeError(f"{name}: expected dtype torch.int64, got {x.dtype}")
     if data.ndim != 2 or not data.shape[0]:

@@ -1,5 +1,6 @@
 """Pickled checkpoints, whatever wrote them, as data: modules are read as records of their attributes."""
 
+import zipfile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -91,6 +92,7 @@ def _read_zip(path: Path, classes: dict[str, type]) -> Any:
     """By torch's loader that runs nothing but what it knows, with classes in place of those of these names."""
     with _ONE_AT_A_TIME, torch.serialization.safe_globals([(cls, name) for name, cls in classes.items()]):
         try:
+            _check_sums(path)
             forbidden = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not forbidden:
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -99,3 +101,13 @@ def _read_zip(path: Path, classes: dict[str, type]) -> Any:
             reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
             raise CheckpointError(f"damaged, truncated, or not written by torch.save: {reason}") from None
     raise CheckpointError(f"refused, its pickle asks for the forbidden global {', '.join(sorted(forbidden))}")
+
+
+def _check_sums(path: Path) -> None:
+    """Raises zipfile's error where a part has another checksum than it was written with; torch does not look."""
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.CRC:  # 0: torch was told to write none
+                with archive.open(part) as content:
+                    while content.read(1 << 20):
+                        pass

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from txl_kernels.functional import rel_attention
 from txl_kernels.patching.padding import KeyPadding, key_padding, of_rows
-from txl_kernels.patching.replacement import Replacement
+from txl_kernels.patching.replacement import Replacement, warn_own
+
+_PLOTS = "espnet2.main_funcs.calculate_all_attentions"  # where the trainer hooks every module, after each epoch
+_OWN = "attention weights for plots"
 
 
 def latest(
@@ -23,18 +26,19 @@ def latest(
 
     mask (1|B, 1|T, S), True or non-zero = may attend.
     """
-    return _attend(self, query, key, value, pos_emb, mask, is_legacy=False)
+    return _attend(self, original, query, key, value, pos_emb, mask, is_legacy=False)
 
 
 def legacy(
     self: nn.Module, original, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Of `LegacyRelPositionMultiHeadedAttention`: as `latest`, with pos_emb (1|B, S, C)."""
-    return _attend(self, query, key, value, pos_emb, mask, is_legacy=True)
+    return _attend(self, original, query, key, value, pos_emb, mask, is_legacy=True)
 
 
 def _attend(
     self: nn.Module,
+    original,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,6 +47,9 @@ def _attend(
     *,
     is_legacy: bool,
 ) -> Tensor:
+    if any(getattr(hook, "__module__", "") == _PLOTS for hook in self._forward_hooks.values()):
+        warn_own(self, _OWN)
+        return original(query, key, value, pos_emb, mask)
     q, k, v = self.forward_qkv(query, key, value)
     S = k.shape[2]
     r = self.linear_pos(pos_emb).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
@@ -58,7 +65,7 @@ def _attend(
         first_distance=S - 1 if self.zero_triu else None,
         wrap_future=is_legacy and not self.zero_triu,
     )
-    self.attn = None  # the weights of an earlier call, which ESPnet plots
+    self.attn = None  # not the weights of an earlier call
     return self.linear_out(out.transpose(1, 2).flatten(2))
 
 
@@ -102,8 +109,8 @@ def _encoder(*parameters: str) -> Replacement:
 PARAMETERS = ("query", "key", "value", "pos_emb", "mask")
 INPUTS = ("xs_pad", "ilens", "prev_states")
 REPLACEMENTS = {
-    "RelPositionMultiHeadedAttention": Replacement("forward", latest, PARAMETERS, head_size="d_k"),
-    "LegacyRelPositionMultiHeadedAttention": Replacement("forward", legacy, PARAMETERS, head_size="d_k"),
+    "RelPositionMultiHeadedAttention": Replacement("forward", latest, PARAMETERS, own=_OWN, head_size="d_k"),
+    "LegacyRelPositionMultiHeadedAttention": Replacement("forward", legacy, PARAMETERS, own=_OWN, head_size="d_k"),
     "ConformerEncoder": _encoder(*INPUTS, "masks", "ctc", "return_all_hs"),
     "MultiConvConformerEncoder": _encoder(*INPUTS, "ctc"),
     "BranchformerEncoder": _encoder(*INPUTS),

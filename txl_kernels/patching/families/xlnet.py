@@ -160,7 +160,7 @@ def model(
     visible = _visible(self, M, None if valid is None else valid.expand(B, -1), perm_mask)
     segments = None
     if token_type_ids is not None:
-        types = token_type_ids.expand(B, -1)
+        types = _ids(token_type_ids).expand(B, -1)
         segments = Segments(types, nn.functional.pad(types, (M, 0)))  # memory has type 0
     stand_in = _Model(self, attn_mask_h=visible, attn_mask_g=visible._replace(itself=None), seg_mat=segments)
     return original.__func__(
@@ -168,6 +168,12 @@ def model(
         *(False,),
         **kwargs,
     )
+
+
+def _ids(types: Tensor) -> Tensor:
+    """Integers that are equal where token types of any dtype are: of floats the bits, those of 0.0 for -0.0."""
+    is_integer = not types.is_floating_point() and types.dtype != torch.bool
+    return types if is_integer else (types.double() + 0.0).view(torch.int64)
 
 
 def _visible(model: nn.Module, M: int, valid: Tensor | None, perm_mask: Tensor | None) -> Visible:
