@@ -14,6 +14,7 @@ from tests.contract import FEATURES, compatible, make_problem, pairs
 from txl_kernels import dropout, rel_attention
 from txl_kernels.triton_backend import call, launch_forward
 from txl_kernels.triton_backend.launch_table import Launch
+from txl_kernels.triton_backend.ranges import ranges_of
 
 triton_attention = functools.partial(rel_attention, backend="triton")
 SIZES = {"B": 2, "H": 2, "T": 21, "M": 9, "D": 8}
@@ -79,22 +80,32 @@ def test_each_gradient_alone(name, use_tiles):
         assert torch.equal(got, together[wanted]), wanted
 
 
-# (queries of a range, pairs that the workspace holds): why, for 2 x 2 heads of 37 queries and 57 keys
+# (QUERIES, pairs that the workspace holds): what they divide of 2 x 2 heads of 37 queries and 57 keys
 RANGES = {
-    "queries": (16, 2**20),
+    "queries": (32, 8192),
     "heads": (64, 3000),
     "batch elements": (64, 6000),
-    "keys": (64, 1000),
+    "keys and heads": (64, 1000),
     "queries, keys and heads": (16, 600),
 }
 
 
-@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize("name", RANGES)
+def test_what_small_workspaces_divide(name, use_ranges):
+    use_ranges(*RANGES[name])
+    parts = ranges_of(2, 2, 37, 57, None, 57, itemsize=2)
+    firsts = {"batch elements": "b_first", "heads": "h_first", "queries": "i_first", "keys": "j_first"}
+    divided = {what for what, field in firsts.items() if len({getattr(part, field) for part in parts}) > 1}
+    assert divided - {"batch elements"} == set(name.replace(" and", ",").split(", ")) - {"batch elements"}
+    assert ("batch elements" in divided) == (name != "queries")
+
+
+@pytest.mark.parametrize("divided", RANGES)
 @pytest.mark.parametrize("name", [*TOGETHER, "window", "right window", "nothing"])
-def test_ranges_of_the_workspace(name, ranges, use_tiles, use_ranges):
+def test_ranges_of_the_workspace(name, divided, use_tiles, use_ranges):
     """Sums over ranges of pairs, whatever these divide."""
     use_tiles(16, 16)
-    use_ranges(*RANGES[ranges])
+    use_ranges(*RANGES[divided])
     features = TOGETHER.get(name, {name} - {"nothing"})
     if name == "right window":
         features = features | {"bidirectional"}

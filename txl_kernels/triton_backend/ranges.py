@@ -7,14 +7,16 @@ pair (10 where tiles touch two blocks of r for their keys), in place of the 17 o
 Ranges run one after the other, so sums over them have one order.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 # Bytes of the workspace, exceeded by no more than what whole tiles take.
 WORKSPACE = 64 << 20
-# Queries of a range, where there are as many. Few, so that many (batch, head) pairs and keys fill the GPU in each; but
-# dk and dv are read and written once for each range of queries.
-QUERIES = 512
+# Queries of a range, where there are as many, and twice as many keys; more where few (batch, head) pairs leave room.
+# dq is read and written once for each range of keys, dk and dv once for each of queries; smaller ranges would have more
+# of these, larger ones fewer programs for the GPU.
+QUERIES = 1024
 # Ranges of queries and keys start at multiples of it; no tile is larger.
 ALIGNMENT = 128
 
@@ -45,24 +47,19 @@ class Range(NamedTuple):
 def ranges_of(B: int, H: int, T: int, S: int, begin: int | None, reach: int, itemsize: int) -> list[Range]:
     """Ranges that hold every visible pair once; begin and reach as in primitives.py.
 
-    A range has as many pairs as the workspace holds: first up to QUERIES queries, then keys, then heads, then batch
-    elements. Their queries divide T evenly.
+    Those of queries divide T evenly, those of keys the keys that some of these queries see.
     """
-    return [
-        Range(*batches, *heads, *queries, *keys)
-        for queries in _spans(0, T, _even(T, QUERIES))
-        for keys in _keys(queries, S, begin, reach, itemsize)
-        for batches, heads in _lanes(B, H, WORKSPACE // (itemsize * (queries[1] - queries[0]) * (keys[1] - keys[0])))
-    ]
-
-
-def _keys(queries: tuple[int, int], S: int, begin: int | None, reach: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the keys that some of the queries sees."""
-    i_first, i_last = queries
-    first = 0 if begin is None else _down(max(0, i_first + begin), ALIGNMENT)
-    last = min(S, i_last - 1 + reach)
-    most = max(1, WORKSPACE // (itemsize * (i_last - i_first)))
-    return _spans(first, last, _even(last - first, most))
+    most_pairs = WORKSPACE // itemsize
+    queries_of = max(QUERIES, math.isqrt(most_pairs // (2 * B * H)))
+    parts = []
+    for i_first, i_last in _even(0, T, queries_of):
+        T_part = i_last - i_first
+        first = 0 if begin is None else max(0, i_first + begin) // ALIGNMENT * ALIGNMENT
+        keys_of = min(max(2 * queries_of, most_pairs // (B * H * T_part)), most_pairs // T_part)
+        for j_first, j_last in _even(first, min(S, i_last - 1 + reach), keys_of):
+            lanes = _lanes(B, H, most_pairs // (T_part * (j_last - j_first)))
+            parts += [Range(*batches, *heads, i_first, i_last, j_first, j_last) for batches, heads in lanes]
+    return parts
 
 
 def _lanes(B: int, H: int, most: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -72,18 +69,14 @@ def _lanes(B: int, H: int, most: int) -> Iterator[tuple[tuple[int, int], tuple[i
             yield batches, heads
 
 
-def _even(size: int, most: int) -> int:
-    """The length of equal parts of at most about `most`, a multiple of ALIGNMENT."""
-    parts = max(1, -(-size // most))
-    return max(ALIGNMENT, _up(-(-size // parts), ALIGNMENT))
+def _even(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
+    """Equal parts of at most about `most`, in multiples of ALIGNMENT."""
+    parts = max(1, -(-(last - first) // max(most, ALIGNMENT)))
+    return _spans(first, last, _up(-(-(last - first) // parts), ALIGNMENT))
 
 
 def _spans(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, last)) for start in range(first, last, step))
-
-
-def _down(x: int, multiple: int) -> int:
-    return x // multiple * multiple
 
 
 def _up(x: int, multiple: int) -> int:
