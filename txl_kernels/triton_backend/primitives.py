@@ -10,8 +10,8 @@ The kernels' q is q + u; their q_pos is q + v, or what the caller gave, or None 
 The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
 the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e starting at row c - e N, and let
 raw[e] = Q block(e)^T. Then for x = (jj - ii) mod N the wanted product stands in raw[(ii + x) // N][ii, x]: a select
-on constants, then a rotation of every row by its own index. The kernels whose programs own keys or rows of r hold
-their tiles transposed, and rotate columns.
+on constants, then a rotation of every row by its own index. The kernel whose programs own keys holds its tiles
+transposed, and rotates columns.
 
 A matrix is passed as a tuple (pointer, row stride, number of rows); its columns are contiguous. What is only read may
 come as a tensor descriptor of all batch elements and heads instead (TMA: the copy engine makes addresses and bounds,
