@@ -67,6 +67,21 @@ def test_two_hundred_runs_give_the_same_bits(dtype):
             assert torch.equal(first[name], again[name]), name
 
 
+@pytest.mark.parametrize("D", [41, 64, 128])
+@pytest.mark.parametrize("window", [None, (100, -1)], ids=["all keys", "window"])
+def test_several_ranges_of_the_workspace(window, D, monkeypatch):
+    """Sums over ranges of heads, queries and keys, as long sequences have them."""
+    from txl_kernels.triton_backend import ranges
+
+    monkeypatch.setattr(ranges, "WORKSPACE", 1 << 18)
+    monkeypatch.setattr(ranges, "QUERIES", 128)
+    inputs = make_inputs(2, 4, 300, 250, D, dtype=torch.bfloat16, device="cuda")
+    dout, dlse = cotangents(inputs)
+    truth, reference = truth_and_reference(inputs, dout, dlse, window=window)
+    got = outputs_and_gradients(rel_attention, inputs, dout, dlse, window=window)
+    assert_all_close_to_truth(got, truth, reference)
+
+
 def test_banded_r_and_extra_rows():
     for P, first_distance in ((40, 30), (900, 700)):
         inputs = make_inputs(2, 4, 200, 100, 64, P=P, dtype=torch.bfloat16, device="cuda")

@@ -2,9 +2,8 @@
 
 The dk/dv kernel makes ds, the gradients of the scores; the dq and dr kernels multiply them: with keys as ds[i, j], and
 with rows of r as ds_raw[i, p], p = j - i + rel_offset. That is the same memory with rows one element longer: the
-rel-shift of the gradient costs nothing but loads that do not start on 16 bytes. So the backward has 9 products of a
-pair (10 where tiles touch two blocks of r for their keys), in place of the 17 of three kernels that each make ds anew.
-Ranges run one after the other, so sums over them have one order.
+rel-shift of the gradient costs nothing but loads that do not start on 16 bytes. So the backward has 9 products a pair,
+in place of the 17 of three kernels that each make ds anew. Ranges run one after the other: sums have one order.
 """
 
 import math
@@ -19,6 +18,8 @@ WORKSPACE = 64 << 20
 QUERIES = 1024
 # Ranges of queries and keys start at multiples of it; no tile is larger.
 ALIGNMENT = 128
+# Batch elements of a range: the dr kernel may have them as the second dimension of its grid.
+BATCHES = 65535
 
 
 class Range(NamedTuple):
@@ -64,7 +65,7 @@ def ranges_of(B: int, H: int, T: int, S: int, begin: int | None, reach: int, ite
 
 def _lanes(B: int, H: int, most: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """Ranges of batch elements and of heads with at most so many pairs, but one."""
-    for batches in _spans(0, B, max(1, most // H)):
+    for batches in _spans(0, B, max(1, min(most // H, BATCHES))):
         for heads in _spans(0, H, min(H, max(1, most))):
             yield batches, heads
 
