@@ -94,7 +94,7 @@ KERNELS = {
     "ranges: first tile skipped": ("forward_kernel.py", "tl.maximum(start, first)", "tl.maximum(start, first + BLOCK_N)"),
     "ranges: too many keys": ("forward_kernel.py", "tl.minimum(end, first + range_keys)", "end"),
     "descriptors: keys beyond the lengths kept": ("primitives.py", "if EDGE and CUT:", "if False:"),
-    "descriptors: rows of the future read": ("call.py", "self._r_table[:, :, : self.r_rows]", "self._r_table"),
+    "descriptors: rows of the future read": ("call.py", "self._operands[3][:, :, : self.r_rows]", "self._operands[3]"),
     "aligned copies: a column short": ("call.py", "[..., :width].copy_(x)", "[..., :width].copy_(x).index_fill_(-1, torch.tensor([width - 1]), 0)"),
     "log-sum-exp: dead rows count": ("vector_kernels.py", 'tl.where(empty, float("inf"), lse.to', 'tl.where(empty, float("-inf"), lse.to'),
 }  # fmt: skip

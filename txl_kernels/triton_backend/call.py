@@ -1,10 +1,10 @@
 """What one call of the operator is to the kernels: sizes, operands and how tiles of them are loaded."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -29,8 +29,7 @@ class Call:
         self.copied = copy_rows and self.generation in COPY_ENGINE and self.itemsize == 2 and not _all_aligned(operands)
         if self.copied:
             operands = tuple(_in_aligned_rows(x) for x in operands)
-        q, k, v, r, q_pos, self.dout = operands
-        self._r_table = r
+        q, k, v, r, q_pos, self.dout = self._operands = operands
         self.B, self.H, self.T, self.D = q.shape
         self.S, self.P = k.shape[2], inputs.rows
         M = self.S - self.T
@@ -47,12 +46,7 @@ class Call:
         reach = self.S if options.right < 0 else min(M + 1 + options.right, self.S)
         # Rows of r in the future of every query are not read.
         self.r_rows = min(self.P, rel_offset + reach)
-        # What a descriptor cannot do, beside rows not aligned: repeat some, have none, r by batch element alone.
-        plain = all(0 not in x.stride() and x.stride(-1) == 1 for x in operands if x is not None)
-        self.describable = (self.aligned or self.copied) and plain
         self._descriptors: dict[tuple[str, int], TensorDescriptor] = {}
-        if r is not None:
-            self.describable &= self.r_rows > 0 and (len(r) == 1 or r.shape[1] == self.H)
         self.arguments = {
             **strided("q", "q", "bhm", q),
             **strided("k", "k", "bhn", k),
@@ -77,6 +71,16 @@ class Call:
             "DR": self.DR,
             "BLOCK_DR": padded(self.DR),
         }
+
+    @functools.cached_property
+    def describable(self) -> bool:
+        """Whether descriptors can do it: rows that start on 16 bytes, none repeated, an r for all or for each head."""
+        r = self._operands[3]
+        if r is not None and (self.r_rows <= 0 or (len(r) > 1 and r.shape[1] != self.H)):
+            return False
+        if not (self.aligned or self.copied):
+            return False
+        return all(0 not in x.stride() and x.stride(-1) == 1 for x in self._operands if x is not None)
 
     def row(self, kernel: str) -> Launch:
         width = max(padded(self.D), padded(self.DR))
@@ -119,7 +123,7 @@ class Call:
 
     def _rows_of_r(self) -> Tensor:
         """Those that are read, without the dimensions that batch elements or heads share."""
-        r = self._r_table[:, :, : self.r_rows]
+        r = self._operands[3][:, :, : self.r_rows]
         if len(r) > 1:
             return r
         return r[0, 0] if r.shape[1] == 1 else r[0]
@@ -156,19 +160,31 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 def padded(width: int) -> int:
     """The columns of a tile: a power of two, as Triton's matrix products want them."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up (triton.cdiv takes over a microsecond)."""
+    return -(-a // b)
 
 
 def strided(pointer: str, stride: str, dimensions: str, x: Tensor | None) -> dict:
     """A tensor and its strides by dimension under the names of the kernels' arguments; zeros for None."""
-    strides = {f"stride_{stride}{dim}": 0 if x is None else x.stride(i) for i, dim in enumerate(dimensions)}
-    return {f"{pointer}_ptr": x, **strides}
+    strides = (0,) * len(dimensions) if x is None else x.stride()
+    return dict(zip(_names(pointer, stride, dimensions), (x, *strides), strict=False))
+
+
+@functools.cache
+def _names(pointer: str, stride: str, dimensions: str) -> list[str]:
+    return [f"{pointer}_ptr", *(f"stride_{stride}{dim}" for dim in dimensions)]
 
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether every row starts on 16 bytes."""
-    itemsize = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in x.stride()[:-1])
+    bits, itemsize = x.data_ptr(), x.element_size()
+    for stride in x.stride()[:-1]:
+        bits |= stride * itemsize
+    return bits % 16 == 0
 
 
 def _all_aligned(tensors: Sequence[Tensor | None]) -> bool:
@@ -180,7 +196,7 @@ def _in_aligned_rows(x: Tensor | None) -> Tensor | None:
     if x is None or _is_aligned(x):
         return x
     width, step = x.shape[-1], 16 // x.element_size()
-    return x.new_empty(*x.shape[:-1], step * triton.cdiv(width, step))[..., :width].copy_(x)
+    return x.new_empty(*x.shape[:-1], step * cdiv(width, step))[..., :width].copy_(x)
 
 
 def _query_operands(inputs: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
 from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
-from txl_kernels.triton_backend.call import Call, contiguous, on_device_of, padded, strided
+from txl_kernels.triton_backend.call import Call, cdiv, contiguous, on_device_of, padded, strided
 from txl_kernels.triton_backend.ranges import Range, ranges_of
 from txl_kernels.triton_backend.vector_kernels import row_stats_kernel
 
@@ -52,7 +52,7 @@ def _row_stats(call: Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor 
 
     delta, lse_stat = vector(), vector()
     rest = vector() if lse.dtype is torch.float64 else None
-    row_stats_kernel[(triton.cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
+    row_stats_kernel[(cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
         **strided("out", "o", "bhm", out),
         **strided("do", "do", "bhm", dout),
         lse_ptr=lse,
@@ -105,16 +105,16 @@ class _Gradients:
             self.dk, self.dv = (like(x, self._add_keys, unseen) for x in (inputs.k, inputs.v))
         else:  # a part for each query head of a group
             self.dk, self.dv = (parts(True, unseen, B, H, S, D) for _ in range(2))
-        tiles = triton.cdiv(S, self._dkv["BLOCK_N"])
+        tiles = cdiv(S, self._dkv["BLOCK_N"])
         self.du = parts(inputs.content_bias is not None, unseen, B, H, tiles, D)
 
         add = self._add_queries
         self.dq, self.dq_pos = (like(x, add) for x in (inputs.q, inputs.q_pos))
-        tiles = triton.cdiv(T, self._dq["BLOCK_M"])
+        tiles = cdiv(T, self._dq["BLOCK_M"])
         self.dposition_bias = parts(inputs.position_bias is not None, add, B, H, tiles, D)
         self.dsegment = parts(inputs.segment_scores is not None, add, B, H, T, 2)
 
-        blocks = triton.cdiv(call.P, self._dr["BLOCK_N"])
+        blocks = cdiv(call.P, self._dr["BLOCK_N"])
         self._dr_parts = B if call.r_batches > 1 else max(1, min(B, _DR_PROGRAMS // max(1, blocks * H)))
         self.dr = parts(inputs.r is not None, self._add_rows, self._dr_parts, H, call.P, call.DR)
         self.dr_bias = parts(inputs.r_bias is not None, self._add_rows, self._dr_parts, H, call.P)
@@ -152,7 +152,7 @@ class _Gradients:
         return {name: x if x is None else x.to(getattr(inputs, name).dtype) for name, x in grads.items()}
 
     def _key_pass(self, part: Range, ds: Tensor, shared: dict) -> None:
-        tiles = triton.cdiv(part.j_last - part.j_first, self._dkv["BLOCK_N"])
+        tiles = cdiv(part.j_last - part.j_first, self._dkv["BLOCK_N"])
         backward_dkv_kernel[(tiles * part.slots,)](
             **self._call.operands("dkv", **shared),
             **_place(part, ds),
@@ -165,7 +165,7 @@ class _Gradients:
         )
 
     def _query_pass(self, part: Range, ds: Tensor) -> None:
-        tiles = triton.cdiv(part.i_last - part.i_first, self._dq["BLOCK_M"])
+        tiles = cdiv(part.i_last - part.i_first, self._dq["BLOCK_M"])
         arguments = self._call.operands("dq", **_place(part, ds)) | self._call.counted_from(part)
         backward_dq_kernel[(tiles * part.slots,)](
             **_only(backward_dq_kernel, arguments),
@@ -181,11 +181,11 @@ class _Gradients:
     def _row_pass(self, part: Range, ds: Tensor) -> None:
         call, block, batches = self._call, self._dr["BLOCK_N"], part.b_last - part.b_first
         arguments = call.operands("dr", **_place(part, ds)) | call.counted_from(part)
-        first, last = 0, triton.cdiv(call.P, block)
+        first, last = 0, cdiv(call.P, block)
         if self._add_rows:  # only blocks that have pairs of the range
             first_row = arguments["shift"] - (arguments["n_rows"] - 1)
             last_row = arguments["shift"] + part.j_last - part.j_first
-            first, last = max(0, first_row // block), min(last, triton.cdiv(last_row, block))
+            first, last = max(0, first_row // block), min(last, cdiv(last_row, block))
         if last <= first:
             return
         if arguments["q_pos_ptr"] is None:
@@ -230,7 +230,7 @@ def _mask_gradient(call: Call, shared: dict) -> Tensor:
     dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     mask_b, mask_h, mask_t, mask_s = mask.shape
     tiling = call.tiling("dmask")
-    tiles = (triton.cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
+    tiles = (cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
     backward_dmask_kernel[(math.prod(tiles) * mask_b * mask_h,)](
         **call.arguments,
         **shared,

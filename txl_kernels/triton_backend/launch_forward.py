@@ -1,11 +1,10 @@
 """Launcher of the forward pass: from normalised inputs to the arguments of its kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
 from txl_kernels.arguments import Inputs, Options
-from txl_kernels.triton_backend.call import Call, on_device_of, padded, strided
+from txl_kernels.triton_backend.call import Call, cdiv, on_device_of, padded, strided
 from txl_kernels.triton_backend.forward_kernel import forward_kernel
 from txl_kernels.triton_backend.launch_table import FEW_QUERIES
 from txl_kernels.triton_backend.vector_kernels import combine_kernel
@@ -25,12 +24,12 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         kernel = "few" if q.shape[2] <= FEW_QUERIES else "forward"
         call = Call(inputs, options, out, copy_rows=kernel == "forward")
         tiling = call.tiling(kernel)
-        tiles, ranges, range_keys = triton.cdiv(call.T, tiling["BLOCK_M"]), 1, None
+        tiles, ranges, range_keys = cdiv(call.T, tiling["BLOCK_M"]), 1, None
         if tiles == 1:
             ranges = max(1, min(_RANGE_PROGRAMS // (call.B * call.H), call.S // _RANGE_KEYS))
         if ranges > 1:
-            range_keys = _RANGE_KEYS * triton.cdiv(call.S, _RANGE_KEYS * ranges)
-            ranges = triton.cdiv(call.S, range_keys)
+            range_keys = _RANGE_KEYS * cdiv(call.S, _RANGE_KEYS * ranges)
+            ranges = cdiv(call.S, range_keys)
             parts = torch.empty((ranges * call.B, *q.shape[1:]), dtype=torch.float32, device=q.device)
             lse_parts = lse.new_empty(len(parts), *lse.shape[1:])
         else:
@@ -43,7 +42,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
             **tiling,
         )
         if ranges > 1:
-            combine_kernel[(triton.cdiv(call.T, _RANGE_ROWS) * call.B * call.H,)](
+            combine_kernel[(cdiv(call.T, _RANGE_ROWS) * call.B * call.H,)](
                 out_parts_ptr=parts,
                 lse_parts_ptr=lse_parts,
                 **strided("out", "o", "bhm", out),
