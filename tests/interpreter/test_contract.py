@@ -12,9 +12,8 @@ from reference.eager import rel_attention_eager
 from tests.accuracy import assert_all_close_to_truth, outputs_and_gradients, truth_and_reference
 from tests.contract import FEATURES, compatible, make_problem, pairs
 from txl_kernels import dropout, rel_attention
-from txl_kernels.triton_backend import call, launch_forward
+from txl_kernels.triton_backend import call, launch_forward, ranges
 from txl_kernels.triton_backend.launch_table import Launch
-from txl_kernels.triton_backend.ranges import ranges_of
 
 triton_attention = functools.partial(rel_attention, backend="triton")
 SIZES = {"B": 2, "H": 2, "T": 21, "M": 9, "D": 8}
@@ -93,7 +92,7 @@ RANGES = {
 @pytest.mark.parametrize("name", RANGES)
 def test_what_small_workspaces_divide(name, use_ranges):
     use_ranges(*RANGES[name])
-    parts = ranges_of(2, 2, 37, 57, None, 57, itemsize=2)
+    parts = ranges.ranges_of(2, 2, 37, 57, None, 57, itemsize=2)
     firsts = {"batch elements": "b_first", "heads": "h_first", "queries": "i_first", "keys": "j_first"}
     divided = {what for what, field in firsts.items() if len({getattr(part, field) for part in parts}) > 1}
     assert divided - {"batch elements"} == set(name.replace(" and", ",").split(", ")) - {"batch elements"}
@@ -341,17 +340,18 @@ def random_problem(data):
     assume(B * H * T >= 8 and H * min(D, M + T) >= 8)
     sizes = {"B": B, "H": H, "T": T, "M": M, "D": D, "layout": data.draw(st.sampled_from(["bhtd", "tbhd"]))}
     tile = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 32)]))
-    return features, sizes, tile
+    workspace = data.draw(st.sampled_from([(64, 2**20), *RANGES.values()]))
+    return features, sizes, tile, workspace
 
 
 def check_random_problem(data):
-    features, sizes, tile = random_problem(data)
-    original = call.launch_for
-    call.launch_for = lambda *_: Launch(*tile, num_warps=4, num_stages=1)
-    try:
+    features, sizes, tile, (queries, pairs) = random_problem(data)
+    row = Launch(*tile, num_warps=4, num_stages=1)
+    with (
+        mock.patch.object(call, "launch_for", return_value=row),
+        mock.patch.multiple(ranges, ALIGNMENT=32, QUERIES=queries, WORKSPACE=2 * pairs),
+    ):
         check(features, seed=data.draw(st.integers(0, 99)), **sizes, **HALF)
-    finally:
-        call.launch_for = original
 
 
 @given(st.data())
