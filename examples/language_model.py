@@ -4,6 +4,7 @@ python examples/language_model.py train RUN [--data TEXT]      trains, validates
 python examples/language_model.py evaluate RUN                 loss on the test text
 python examples/language_model.py generate RUN --prompt TEXT   more text
 python examples/language_model.py plot RUN curve.svg           the curve
+python examples/language_model.py export RUN FOLDER            the model as txl_kernels.models.load reads it
 
 Each takes --help. Several GPUs or machines: torchrun --nproc-per-node 8 examples/language_model.py train RUN ...
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import signal
 import sys
@@ -30,7 +32,7 @@ from lm.ranks import Ranks, started
 from lm.training import Training
 from lm.vocabulary import UNITS, Vocabulary
 
-from txl_kernels.models import MemTransformerLM
+from txl_kernels.models import MemTransformerLM, save
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     try:
         return options.pop("command")(options)
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -151,6 +153,14 @@ def _plot(options: dict[str, Any]) -> int:
     return 0
 
 
+def _export(options: dict[str, Any]) -> int:
+    with started("cpu") as ranks:
+        model, _, saved = _load_model(options, ranks)
+    save(model, options["folder"])
+    (options["folder"] / "vocabulary.json").write_text(json.dumps(saved["vocabulary"]) + "\n", encoding="utf-8")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -194,6 +204,16 @@ def _parser() -> argparse.ArgumentParser:
     plot.set_defaults(command=_plot)
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that train wrote")
     plot.add_argument("picture", type=Path, metavar="PICTURE", help=".svg or .png")
+
+    export = commands.add_parser(
+        "export",
+        help="model for txl_kernels.models.load",
+        description="Writes model.safetensors and config.json, which txl_kernels.models.load reads, and the symbols of "
+        "the tokens as vocabulary.json (needs safetensors).",
+    )
+    export.set_defaults(command=_export)
+    export.add_argument("run", type=Path, metavar="RUN", help="folder that train wrote, or a checkpoint in it")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if need be")
     return parser
 
 

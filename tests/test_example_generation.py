@@ -1,14 +1,17 @@
 """The example's generation: what is drawn from, what is drawn, and how it comes out."""
 
+import itertools
+import json
 import os
 import subprocess
 
 import pytest
 import torch
 from lm.generation import distribution, generate
+from lm.vocabulary import Vocabulary
 
 from tests.example_tools import TEXT, TINY, program, start
-from txl_kernels.models import MemTransformerLM
+from txl_kernels.models import MemTransformerLM, load
 
 # What is drawn from
 
@@ -212,3 +215,18 @@ def test_bytes_that_are_no_text(run, capsys):
     """Any byte may come; what comes out is text all the same."""
     assert program("generate", run, "--tokens", "200", "--temperature", "100", "--device", "cpu") == 0
     assert "�" in capsys.readouterr().out
+
+
+def test_an_exported_model_is_the_one_that_was_trained(run, tmp_path, capsys):
+    """Loaded by the library alone, with the vocabulary beside it, it writes what the program writes."""
+    assert program("export", run, tmp_path / "model") == 0
+    model = load(tmp_path / "model")
+    model.reset_length(16, 0, 11)
+    model.clamp_len, model.same_length = 13, True
+    vocabulary = Vocabulary(**json.loads((tmp_path / "model" / "vocabulary.json").read_text()))
+    start = vocabulary.encode("7 times")
+    tokens = itertools.islice(generate(model, start, seed=3), 40)
+    written = "".join(vocabulary.decode([*start.tolist(), *tokens]))
+    capsys.readouterr()
+    assert program("generate", run, "--prompt", "7 times", "--tokens", "40", "--seed", "3") == 0
+    assert capsys.readouterr().out == written + "\n"
