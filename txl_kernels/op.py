@@ -21,8 +21,10 @@ _OPTIONS = (
     "str backend"
 )
 _library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+# What the torch backend runs where gradients are recorded.
+_library.define(f"rel_attention_with_weights({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor weights)")
 _library.define(
-    f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
+    f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor? weights, {_OPTIONS}, "
     "bool[] needs_grad) -> Tensor[]"
 )
 _N_INPUTS, _N_DIFFERENTIABLE = len(Inputs._fields), len(DIFFERENTIABLE)
@@ -96,14 +98,35 @@ def _forward_fake(*args):
     return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
+def _forward_with_weights(*args):
+    inputs, (*options, _) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    if inputs.q.numel() == 0:
+        return _forward_with_weights_fake(*args)
+    from txl_kernels import torch_backend
+
+    options, weights = Options(*options), torch_backend.room_for_weights(inputs, Options(*options))
+    kept = torch_backend.Kept(weights) if weights.numel() else None
+    return *_run(torch_backend.forward, _normalized(inputs), options, kept), weights
+
+
+def _forward_with_weights_fake(*args):
+    from txl_kernels import torch_backend
+
+    inputs, (*options, _) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    return *_forward_fake(*args), torch_backend.room_for_weights(inputs, Options(*options))
+
+
 def _backward(dout, dlse, *args):
-    tensors, (out, lse, *options, backend, needs_grad) = args[:_N_INPUTS], args[_N_INPUTS:]
+    tensors, (out, lse, weights, *options, backend, needs_grad) = args[:_N_INPUTS], args[_N_INPUTS:]
     inputs = Inputs(*tensors)
     if inputs.q.numel() == 0:
         return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
     dout, options = _unit_last_stride(dout), Options(*options)
-    backward = functools.partial(_backend_module(backend).backward, dout, dlse)
-    grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad)
+    module = _backend_module(backend)
+    kept = () if weights is None or not weights.numel() else (module.Kept(weights),)
+    grads = _run(
+        functools.partial(module.backward, dout, dlse), _normalized(inputs), out, lse, options, needs_grad, *kept
+    )
     return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
@@ -121,19 +144,22 @@ class _RelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = rel_attention(*args)
+            if args[-1] == "torch":
+                out, lse, weights = rel_attention_with_weights(*args)
+            else:
+                (out, lse), weights = rel_attention(*args), None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:_N_INPUTS], out, lse)
+        ctx.save_for_backward(*args[:_N_INPUTS], out, lse, weights)
         ctx.options = args[_N_INPUTS:]
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *tensors, out, lse = ctx.saved_tensors
+        *tensors, out, lse, weights = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
-        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad))
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, weights, *ctx.options, needs_grad))
         return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
@@ -177,11 +203,14 @@ def _backward_autograd(*args):
 
 
 _library.impl("rel_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("rel_attention_with_weights", _forward_with_weights, "CompositeExplicitAutograd")
 _library.impl("rel_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("txl_kernels::rel_attention", _forward_fake, lib=_library)
+torch.library.register_fake("txl_kernels::rel_attention_with_weights", _forward_with_weights_fake, lib=_library)
 torch.library.register_fake("txl_kernels::rel_attention_backward", _backward_fake, lib=_library)
 _library.impl("rel_attention", _forward_autograd, "Autograd")
 _library.impl("rel_attention_backward", _backward_autograd, "Autograd")
 
 rel_attention = torch.ops.txl_kernels.rel_attention.default
+rel_attention_with_weights = torch.ops.txl_kernels.rel_attention_with_weights.default
 rel_attention_backward = torch.ops.txl_kernels.rel_attention_backward.default

@@ -207,9 +207,10 @@ class Tile:
         """What the weights that survive dropout are multiplied by."""
         return 1.0 if self._terms is None else self._terms.dropout_scale
 
-    def scores(self, keep_slope: bool = False) -> Tensor:
-        """The scores with every term, -inf where hidden: (l, m, n)."""
-        scores = self.position.scores().contiguous()
+    def scores(self, place: Tensor | None = None, keep_slope: bool = False) -> Tensor:
+        """The scores with every term, -inf where hidden: (l, m, n), in a place of that many numbers or a new one."""
+        scores = self.position.scores()
+        scores = scores.contiguous() if place is None else place.view(self.shape).copy_(scores)
         lanes = self.lanes(scores)
         torch.baddbmm(lanes, self.lanes(self.q_content), self.lanes(self.k).mT, out=lanes)
         if self._terms is not None:
