@@ -104,16 +104,15 @@ def _forward_with_weights(*args):
         return _forward_with_weights_fake(*args)
     from txl_kernels import torch_backend
 
-    options, weights = Options(*options), torch_backend.room_for_weights(inputs, Options(*options))
-    kept = torch_backend.Kept(weights) if weights.numel() else None
-    return *_run(torch_backend.forward, _normalized(inputs), options, kept), weights
+    options, weights = Options(*options), torch_backend.room(inputs, Options(*options))
+    return *_run(torch_backend.forward, _normalized(inputs), options, torch_backend.kept_in(weights)), weights
 
 
 def _forward_with_weights_fake(*args):
     from txl_kernels import torch_backend
 
     inputs, (*options, _) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
-    return *_forward_fake(*args), torch_backend.room_for_weights(inputs, Options(*options))
+    return *_forward_fake(*args), torch_backend.room(inputs, Options(*options))
 
 
 def _backward(dout, dlse, *args):
@@ -123,10 +122,10 @@ def _backward(dout, dlse, *args):
         return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
     dout, options = _unit_last_stride(dout), Options(*options)
     module = _backend_module(backend)
-    kept = () if weights is None or not weights.numel() else (module.Kept(weights),)
-    grads = _run(
-        functools.partial(module.backward, dout, dlse), _normalized(inputs), out, lse, options, needs_grad, *kept
-    )
+    backward, kept = functools.partial(module.backward, dout, dlse), ()
+    if backend == "torch":
+        kept = (module.kept_in(weights),)
+    grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad, *kept)
     return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 

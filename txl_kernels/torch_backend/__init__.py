@@ -6,6 +6,6 @@ only the output and the log-sum-exp, and the backward computes the scores of eac
 
 from txl_kernels.torch_backend.backward_pass import backward
 from txl_kernels.torch_backend.forward_pass import forward
-from txl_kernels.torch_backend.kept import Kept, room_for_weights
+from txl_kernels.torch_backend.kept import kept_in, room
 
-__all__ = ["Kept", "backward", "forward", "room_for_weights"]
+__all__ = ["backward", "forward", "kept_in", "room"]

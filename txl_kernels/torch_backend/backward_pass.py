@@ -7,7 +7,7 @@ from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend import blocks, one_piece
 from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import ALL, cut, part
-from txl_kernels.torch_backend.tiles import Tile, cast, groups, spans, sum_dtype
+from txl_kernels.torch_backend.tiles import cast, groups, sum_dtype
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
@@ -60,8 +60,8 @@ def backward(
     for group in groups(inputs, options):
         batches, heads, kv_heads = group.batches, group.heads, group.kv_heads
         dkv: dict[str, Tensor] = {}
-        for rows in reversed(list(spans(T, group.size.rows))):
-            tile = Tile(group, rows)
+        for tile in group.tiles(kept):
+            rows = tile.where[2]
             b, h, t, D = tile.q_content.shape
             # The last queries see every key, unless some are hidden: their products initialise dk and dv.
             first = rows.stop == T and tile.n == S
@@ -73,18 +73,16 @@ def backward(
                 for name in own.keys() & {"q", "q_pos"}:
                     cut(own[name], *tile.where).zero_()
                 continue
-            p = None if kept is None else kept.take(*tile.shape)
-            is_kept = p is not None
-            if is_kept:
-                p = tile.lanes(p)
-            else:
-                p = tile.scores(keep_slope=True)
+            if tile.weights is None:
+                p = tile.scores(for_backward=True)
                 torch.softmax(p, -1, out=p)
+            else:
+                p = tile.lanes(tile.weights)
             dout_lanes = cast(cut(dout, *tile.where), group.dtype)
             dlse_lanes = None if dlse is None else dlse[tile.where]
             if group.may_be_dead:
                 dead = lse[tile.where] == -torch.inf
-                if not is_kept:
+                if tile.weights is None:
                     p.masked_fill_(dead.reshape(*p.shape[:2], 1), 0.0)
                 dout_lanes = dout_lanes.masked_fill(dead[..., None], 0.0)
                 dlse_lanes = None if dlse is None else dlse_lanes.masked_fill(dead, 0.0)

@@ -7,7 +7,7 @@ from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import blocks, one_piece, tiles
 from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import needed
-from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, softmax, spans, sum_dtype
+from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, softmax, sum_dtype
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -35,27 +35,21 @@ def forward(inputs: Inputs, options: Options, kept: Kept | None = None) -> tuple
     plain = q.device.type == "cpu" and not needed(inputs, options)
     fits = plain and Hk == H and T < tiles.MANY_ROWS and not (may_be_dead or in_half)
     for group in groups(inputs, options):
-        for rows in reversed(list(spans(T, group.size.rows))):
-            tile = Tile(group, rows)
-            place = None if kept is None else kept.take(*tile.shape)
-            if not tile.n:
-                out[tile.where], lse[tile.where] = 0.0, -torch.inf
-            elif fits and place is None:
-                out[tile.where], lse[tile.where] = _attend_fused(tile)
-            else:
-                out[tile.where], lse[tile.where] = _attend(tile, place)
+        for tile in group.tiles(kept):
+            attend = _attend_fused if fits and tile.weights is None else _attend
+            out[tile.where], lse[tile.where] = attend(tile) if tile.n else (0.0, -torch.inf)
     return out, lse
 
 
-def _attend(tile: Tile, place: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out (b, h, t, D) and lse (b, h, t) of a tile, whose weights stay in a place if there is one."""
-    p = tile.scores(place)
+def _attend(tile: Tile) -> tuple[Tensor, Tensor]:
+    """out (b, h, t, D) and lse (b, h, t) of a tile, whose weights stay where they have a place."""
+    p = tile.scores()
     lse, row_max = softmax(p)
     if tile.group.may_be_dead:
         dead = row_max == -torch.inf
         p.masked_fill_(dead[..., None], 0.0)
         lse.masked_fill_(dead, -torch.inf)
-    if place is not None and tile.group.options.dropout_p:
+    if tile.weights is not None and tile.group.options.dropout_p:
         p = p.clone()
     out = torch.bmm(tile.drop(p), tile.lanes(tile.v))
     if tile.dropout_scale != 1:

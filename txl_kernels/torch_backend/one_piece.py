@@ -100,8 +100,7 @@ def one_piece(inputs: Inputs, options: Options, for_backward: bool = False) -> O
 def forward(piece: OnePiece, q: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
     """out, laid out as q, and the log-sum-exp."""
     (B, H, T, n), Hk, scale = piece.shape, piece.k.shape[1], piece.scale
-    p = None if kept is None else kept.take(B * H, T, n)
-    if p is not None:
+    if kept is not None and (p := kept.take((B * H, T, n))[0]) is not None:
         lse, _ = tiles.softmax(piece.scores(p))
         out = torch.bmm(p, piece.v.flatten(0, 1))
         return _laid_out_as(q, out.view(q.shape)), lse.view(B, H, T)
@@ -119,11 +118,13 @@ def forward(piece: OnePiece, q: Tensor, kept: Kept | None) -> tuple[Tensor, Tens
     return _laid_out_as(q, out), lse
 
 
-def backward(piece: OnePiece, dout: Tensor, dlse: Tensor | None, wanted: dict[str, Tensor], kept: Kept | None) -> dict[str, Tensor]:
+def backward(
+    piece: OnePiece, dout: Tensor, dlse: Tensor | None, wanted: dict[str, Tensor], kept: Kept | None
+) -> dict[str, Tensor]:
     """The gradients of what is wanted, as in backward_pass.py."""
     (B, H, T, n), scale = piece.shape, piece.scale
     v, dout = piece.v.flatten(0, 1), dout.flatten(0, 1)
-    p = None if kept is None else kept.take(B * H, T, n)
+    p = None if kept is None else kept.take((B * H, T, n))[0]
     if p is None:
         p = piece.scores()
         torch.softmax(p, -1, out=p)
