@@ -24,10 +24,11 @@ _library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor ls
 # What the torch backend runs where gradients are recorded.
 _library.define(f"rel_attention_with_weights({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor weights)")
 _library.define(
-    f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor? weights, {_OPTIONS}, "
-    "bool[] needs_grad) -> Tensor[]"
+    f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool[] needs_grad, Tensor? weights=None) -> Tensor[]"
 )
-_N_INPUTS, _N_DIFFERENTIABLE = len(Inputs._fields), len(DIFFERENTIABLE)
+_N_INPUTS, _N_DIFFERENTIABLE, _N_OPTIONS = len(Inputs._fields), len(DIFFERENTIABLE), len(Options._fields)
+_N_SAVED = _N_INPUTS + 2  # with out and lse
 
 
 def _backend_module(backend: str):
@@ -99,38 +100,33 @@ def _forward_fake(*args):
 
 
 def _forward_with_weights(*args):
-    inputs, (*options, _) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    inputs, (*options, backend) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
     if inputs.q.numel() == 0:
         return _forward_with_weights_fake(*args)
-    from txl_kernels import torch_backend
-
-    options, weights = Options(*options), torch_backend.room(inputs, Options(*options))
-    return *_run(torch_backend.forward, _normalized(inputs), options, torch_backend.kept_in(weights)), weights
+    module, options = _backend_module(backend), Options(*options)
+    weights = module.room(inputs, options)
+    return *_run(module.forward, _normalized(inputs), options, module.kept_in(weights)), weights
 
 
 def _forward_with_weights_fake(*args):
-    from txl_kernels import torch_backend
-
-    inputs, (*options, _) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
-    return *_forward_fake(*args), torch_backend.room(inputs, Options(*options))
+    inputs, (*options, backend) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    return *_forward_fake(*args), _backend_module(backend).room(inputs, Options(*options))
 
 
 def _backward(dout, dlse, *args):
-    tensors, (out, lse, weights, *options, backend, needs_grad) = args[:_N_INPUTS], args[_N_INPUTS:]
-    inputs = Inputs(*tensors)
+    inputs, (out, lse), rest = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:_N_SAVED], args[_N_SAVED:]
+    options, (backend, needs_grad, *weights) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]  # no weights if None
     if inputs.q.numel() == 0:
         return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
-    dout, options = _unit_last_stride(dout), Options(*options)
     module = _backend_module(backend)
-    backward, kept = functools.partial(module.backward, dout, dlse), ()
-    if backend == "torch":
-        kept = (module.kept_in(weights),)
+    backward = functools.partial(module.backward, _unit_last_stride(dout), dlse)
+    kept = (module.kept_in(x) for x in weights)
     grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad, *kept)
     return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
 def _backward_fake(dout, dlse, *args):
-    inputs, needs_grad = Inputs(*args[:_N_INPUTS]), args[-1]
+    inputs, needs_grad = Inputs(*args[:_N_INPUTS]), args[_N_SAVED + _N_OPTIONS + 1]
     wanted = _wanted(_normalized(inputs), needs_grad)
     return [torch.empty_like(x).view(y.shape) for x, y in zip(wanted, _wanted(inputs, needs_grad), strict=True)]
 
@@ -158,11 +154,11 @@ class _RelAttention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
-        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, weights, *ctx.options, needs_grad))
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
         return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
-_NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + len(Options._fields) + 1)
+_NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + _N_OPTIONS + 1)
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
