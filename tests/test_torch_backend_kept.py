@@ -60,12 +60,14 @@ def test_gradients_of_small_problems_do_not_depend_on_what_is_kept(features):
 
 
 @pytest.mark.parametrize(
-    ("features", "sizes", "tiles_and_parts"),
-    [({}, {}, 1), ({"bidirectional"}, {}, 1), ({"softcap"}, {}, 1), ({"key mask"}, {}, 1), ({"window"}, {"T": 150}, 2)],
+    ("features", "sizes", "changed", "parts"),
+    [({}, {}, {}, 1), ({"bidirectional"}, {}, {}, 1), ({"softcap"}, {}, {}, 1), ({"key mask"}, {}, {}, 1),
+     ({"window"}, {"T": 150}, {}, 2), ({"bidirectional"}, {"T": 165, "M": 0}, {"window": (0, 5)}, 2)],
 )  # fmt: skip
-def test_kept_weights_take_no_products(features, sizes, tiles_and_parts):
-    """dV, dP, dQ in two terms, dK and dR are left; AC and BD are not made again."""
+def test_kept_weights_take_no_products(features, sizes, changed, parts):
+    """dV, dP, dQ in two terms, dK and dR are left, AC and BD are not made again: in one piece, in tiles, in blocks."""
     inputs, options = make_problem(frozenset(features), **sizes)
+    options |= changed
     dout, dlse = upstream(inputs)
     tensors, numbers = backend_call(inputs, **options)
     weights = fresh(inputs, options)
@@ -74,7 +76,7 @@ def test_kept_weights_take_no_products(features, sizes, tiles_and_parts):
     for buffer, products in ((weights, 6), (None, 8)):
         with CountProducts() as seen:
             backward(dout, dlse, tensors, *results, numbers, needs_grad, kept_in(buffer))
-        assert seen.count == products * tiles_and_parts
+        assert seen.count == products * parts
 
 
 def test_the_function_hands_on_what_is_kept(monkeypatch):

@@ -5,6 +5,9 @@ with an empty body (forward without gradient / with gradient / with gradient and
 `torch.library.register_autograd` 9 / 46 / 120 us, an `autograd.Function` in front of a raw operator 4 / 15 / 76 us,
 an `autograd.Function` inside the operator's own Autograd kernel 8 / 19 / 81 us. The last is used: 4 us more than
 the fastest buy an operator that is differentiable by itself, traced and exported as one node.
+
+Where gradients are recorded, the torch backend runs `rel_attention_with_weights`, which also returns what it keeps for
+the backward.
 """
 
 import functools
@@ -21,7 +24,6 @@ _OPTIONS = (
     "str backend"
 )
 _library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-# What the torch backend runs where gradients are recorded.
 _library.define(f"rel_attention_with_weights({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor weights)")
 _library.define(
     f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
