@@ -76,14 +76,20 @@ def test_operators_pass_opcheck(combination, layout, monkeypatch):
             x.requires_grad_()
     results = torch.library.opcheck(op.rel_attention, (*leaves, *args[n:]))
     assert set(results.values()) == {"SUCCESS"}
+    # Not two runs with one another: room for weights that is left over is not initialised.
+    alone = ("test_schema", "test_autograd_registration", "test_faketensor")
+    results = torch.library.opcheck(op.rel_attention_with_weights, args, test_utils=alone)
+    assert set(results.values()) == {"SUCCESS"}
 
-    out, lse = op.rel_attention(*args)
+    out, lse, weights = op.rel_attention_with_weights(*args)
+    assert weights.numel()
     needs_grad = [x is not None and x.requires_grad for x in leaves[: len(op.DIFFERENTIABLE)]]
     *numbers, backend = args[n:]
     dlse = None if combination == "plain" else torch.randn_like(lse)
     saved = (torch.randn_like(out), dlse, *args[:n], out, lse)
-    results = torch.library.opcheck(op.rel_attention_backward, (*saved, *numbers, backend, needs_grad))
-    assert set(results.values()) == {"SUCCESS"}
+    for kept in ((), (weights,)):
+        results = torch.library.opcheck(op.rel_attention_backward, (*saved, *numbers, backend, needs_grad, *kept))
+        assert set(results.values()) == {"SUCCESS"}
 
 
 # --- torch.compile and torch.export

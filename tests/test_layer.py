@@ -221,7 +221,7 @@ def test_nothing_is_copied_around_the_attention(M):
     layer, inputs = make_layer(), make_inputs(4, M)
     with CountOps() as ops:
         layer(**inputs)
-    assert ops.calls["rel_attention"] == 1
+    assert ops.calls["rel_attention_with_weights"] == 1
     assert ops.calls["cat"] == (M > 0)
     assert not {"clone", "copy_", "_to_copy", "contiguous"} & ops.calls.keys()
 
@@ -232,7 +232,7 @@ def test_layers_that_share_a_mask_read_and_invert_it_once(kind):
     with CountOps() as ops:
         for layer in layers:
             layer(**inputs, attn_mask=mask)
-    assert ops.calls["rel_attention"] == 3
+    assert ops.calls["rel_attention_with_weights"] == 3
     assert ops.calls["amin"] == 1
     assert ops.calls["logical_not"] == (kind != "same_length")
 
@@ -260,7 +260,7 @@ def test_runs_as_the_forward_of_another_class(kind, mask, monkeypatch):
     for layer in (original, pickle.loads(pickled)):
         with CountOps() as ops:
             out = layer(**inputs, attn_mask=mask)
-        assert ops.calls["rel_attention"] == 1
+        assert ops.calls["rel_attention_with_weights"] == 1
         torch.testing.assert_close(out, wanted)
 
 

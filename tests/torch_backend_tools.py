@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accuracy import INPUTS, assert_all_close_to_truth, truth_and_reference
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.torch_backend import backward, forward
+from txl_kernels.torch_backend import backward, forward, kept_in
 
 SIX = INPUTS[:6]
 # Sets of features for `tests.contract.make_problem` that have all of them between them.
@@ -48,14 +48,17 @@ def backend_call(
     )
 
 
-def run(inputs, dout=None, dlse=None, wanted=INPUTS, **options):
-    """out and lse of the backend, and with dout its gradients by the names in wanted that are inputs."""
+def run(inputs, dout=None, dlse=None, wanted=INPUTS, weights=None, **options):
+    """out and lse of the backend, and with dout its gradients by the names in wanted that are inputs.
+
+    weights is the buffer in which the forward leaves weights for the backward.
+    """
     tensors, options = backend_call(inputs, **options)
-    out, lse = forward(tensors, options)
+    out, lse = forward(tensors, options, kept_in(weights))
     results = {"out": out, "lse": lse}
     if dout is not None:
         needs_grad = [name in inputs and name in wanted for name in DIFFERENTIABLE]
-        grads = backward(dout, dlse, tensors, out, lse, options, needs_grad)
+        grads = backward(dout, dlse, tensors, out, lse, options, needs_grad, kept_in(weights))
         assert [grad is not None for grad in grads] == needs_grad
         for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
             if grad is not None:

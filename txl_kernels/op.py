@@ -5,6 +5,9 @@ with an empty body (forward without gradient / with gradient / with gradient and
 `torch.library.register_autograd` 9 / 46 / 120 us, an `autograd.Function` in front of a raw operator 4 / 15 / 76 us,
 an `autograd.Function` inside the operator's own Autograd kernel 8 / 19 / 81 us. The last is used: 4 us more than
 the fastest buy an operator that is differentiable by itself, traced and exported as one node.
+
+Where gradients are recorded, the torch backend runs `rel_attention_with_weights`, which also returns what it keeps for
+the backward.
 """
 
 import functools
@@ -21,11 +24,13 @@ _OPTIONS = (
     "str backend"
 )
 _library.define(f"rel_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_library.define(f"rel_attention_with_weights({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor weights)")
 _library.define(
     f"rel_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool[] needs_grad) -> Tensor[]"
+    "bool[] needs_grad, Tensor? weights=None) -> Tensor[]"
 )
-_N_INPUTS, _N_DIFFERENTIABLE = len(Inputs._fields), len(DIFFERENTIABLE)
+_N_INPUTS, _N_DIFFERENTIABLE, _N_OPTIONS = len(Inputs._fields), len(DIFFERENTIABLE), len(Options._fields)
+_N_SAVED = _N_INPUTS + 2  # with out and lse
 
 
 def _backend_module(backend: str):
@@ -96,19 +101,34 @@ def _forward_fake(*args):
     return torch.empty_like(_unit_last_stride(q)), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
+def _forward_with_weights(*args):
+    inputs, (*options, backend) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    if inputs.q.numel() == 0:
+        return _forward_with_weights_fake(*args)
+    module, options = _backend_module(backend), Options(*options)
+    weights = module.room(inputs, options)
+    return *_run(module.forward, _normalized(inputs), options, module.kept_in(weights)), weights
+
+
+def _forward_with_weights_fake(*args):
+    inputs, (*options, backend) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    return *_forward_fake(*args), _backend_module(backend).room(inputs, Options(*options))
+
+
 def _backward(dout, dlse, *args):
-    tensors, (out, lse, *options, backend, needs_grad) = args[:_N_INPUTS], args[_N_INPUTS:]
-    inputs = Inputs(*tensors)
+    inputs, (out, lse), rest = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:_N_SAVED], args[_N_SAVED:]
+    options, (backend, needs_grad, *weights) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]  # no weights if None
     if inputs.q.numel() == 0:
         return [torch.zeros_like(x) for x in _wanted(inputs, needs_grad)]
-    dout, options = _unit_last_stride(dout), Options(*options)
-    backward = functools.partial(_backend_module(backend).backward, dout, dlse)
-    grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad)
+    module = _backend_module(backend)
+    backward = functools.partial(module.backward, _unit_last_stride(dout), dlse)
+    kept = (module.kept_in(x) for x in weights)
+    grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad, *kept)
     return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
 
 
 def _backward_fake(dout, dlse, *args):
-    inputs, needs_grad = Inputs(*args[:_N_INPUTS]), args[-1]
+    inputs, needs_grad = Inputs(*args[:_N_INPUTS]), args[_N_SAVED + _N_OPTIONS + 1]
     wanted = _wanted(_normalized(inputs), needs_grad)
     return [torch.empty_like(x).view(y.shape) for x, y in zip(wanted, _wanted(inputs, needs_grad), strict=True)]
 
@@ -121,23 +141,26 @@ class _RelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = rel_attention(*args)
+            if args[-1] == "torch":
+                out, lse, weights = rel_attention_with_weights(*args)
+            else:
+                (out, lse), weights = rel_attention(*args), None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:_N_INPUTS], out, lse)
+        ctx.save_for_backward(*args[:_N_INPUTS], out, lse, weights)
         ctx.options = args[_N_INPUTS:]
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *tensors, out, lse = ctx.saved_tensors
+        *tensors, out, lse, weights = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
-        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad))
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
         return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
-_NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + len(Options._fields) + 1)
+_NO_GRADIENT = (None,) * (_N_INPUTS - _N_DIFFERENTIABLE + _N_OPTIONS + 1)
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
@@ -177,11 +200,14 @@ def _backward_autograd(*args):
 
 
 _library.impl("rel_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("rel_attention_with_weights", _forward_with_weights, "CompositeExplicitAutograd")
 _library.impl("rel_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("txl_kernels::rel_attention", _forward_fake, lib=_library)
+torch.library.register_fake("txl_kernels::rel_attention_with_weights", _forward_with_weights_fake, lib=_library)
 torch.library.register_fake("txl_kernels::rel_attention_backward", _backward_fake, lib=_library)
 _library.impl("rel_attention", _forward_autograd, "Autograd")
 _library.impl("rel_attention_backward", _backward_autograd, "Autograd")
 
 rel_attention = torch.ops.txl_kernels.rel_attention.default
+rel_attention_with_weights = torch.ops.txl_kernels.rel_attention_with_weights.default
 rel_attention_backward = torch.ops.txl_kernels.rel_attention_backward.default

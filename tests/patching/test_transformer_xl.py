@@ -226,7 +226,7 @@ def test_a_class_is_patched_before_its_models_are_made():
         for layer in (before, after):
             with CountOps() as ops:
                 got = layer(**inputs_of(layer), attn_mask=mask)
-            assert ops.calls["rel_attention"] == 1
+            assert ops.calls["rel_attention_with_weights"] == 1
             assert_alike("states", got, wanted, 1e-9)
     finally:
         txl_kernels.unpatch(cls)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.torch_backend import blocks, one_piece
+from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import ALL, cut, part
-from txl_kernels.torch_backend.tiles import Tile, cast, groups, spans, sum_dtype
+from txl_kernels.torch_backend.tiles import cast, groups, sum_dtype
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
@@ -19,8 +20,9 @@ def backward(
     lse: Tensor,
     options: Options,
     needs_grad: list[bool],
+    kept: Kept | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of forward by recomputation, a tile at a time.
+    """Gradients of forward, a tile at a time, from weights that it kept or that are made again.
 
     With P = softmax(scores): dS = P * (dP - rowsum(P * dP) + dlse), and dS in raw coordinates is to r what dS is
     to k. Of out and lse only the -inf of queries without a key is read: a softmax of the tile costs less than
@@ -32,16 +34,17 @@ def backward(
         inputs, options: as for forward.
         out, lse: what forward returned; out may be None.
         needs_grad: which of the differentiable inputs want a gradient.
+        kept: what forward kept, or None.
 
     Returns:
         Their gradients, None where not wanted.
     """
     wanted = {name: x for name, x, needed in zip(DIFFERENTIABLE, inputs, needs_grad, strict=False) if needed}
     if (piece := one_piece.one_piece(inputs, options, for_backward=True)) is not None:
-        grads = one_piece.backward(piece, dout, dlse, wanted)
+        grads = one_piece.backward(piece, dout, dlse, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
     if cut_into := blocks.parts(inputs, options):
-        grads = blocks.backward(backward, cut_into, dout, dlse, inputs, lse, options, wanted)
+        grads = blocks.backward(backward, cut_into, dout, dlse, inputs, lse, options, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
     T, S = inputs.q.shape[2], inputs.k.shape[2]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale
@@ -57,8 +60,8 @@ def backward(
     for group in groups(inputs, options):
         batches, heads, kv_heads = group.batches, group.heads, group.kv_heads
         dkv: dict[str, Tensor] = {}
-        for rows in reversed(list(spans(T, group.size.rows))):
-            tile = Tile(group, rows)
+        for tile in group.tiles(kept):
+            rows = tile.where[2]
             b, h, t, D = tile.q_content.shape
             # The last queries see every key, unless some are hidden: their products initialise dk and dv.
             first = rows.stop == T and tile.n == S
@@ -70,13 +73,17 @@ def backward(
                 for name in own.keys() & {"q", "q_pos"}:
                     cut(own[name], *tile.where).zero_()
                 continue
-            p = tile.scores(keep_slope=True)
-            torch.softmax(p, -1, out=p)
+            if tile.weights is None:
+                p = tile.scores(for_backward=True)
+                torch.softmax(p, -1, out=p)
+            else:
+                p = tile.lanes(tile.weights)
             dout_lanes = cast(cut(dout, *tile.where), group.dtype)
             dlse_lanes = None if dlse is None else dlse[tile.where]
             if group.may_be_dead:
                 dead = lse[tile.where] == -torch.inf
-                p.masked_fill_(dead.reshape(*p.shape[:2], 1), 0.0)
+                if tile.weights is None:
+                    p.masked_fill_(dead.reshape(*p.shape[:2], 1), 0.0)
                 dout_lanes = dout_lanes.masked_fill(dead[..., None], 0.0)
                 dlse_lanes = None if dlse is None else dlse_lanes.masked_fill(dead, 0.0)
             dout_lanes = tile.lanes(dout_lanes).contiguous()

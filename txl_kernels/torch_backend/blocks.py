@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
+from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.tiles import cast, ceil_div, sum_dtype
 
 # Measured on two cores: the widest window, left + right, for which blocks are faster, the queries in a block, and the
@@ -113,12 +114,14 @@ def parts(inputs: Inputs, options: Options) -> list[Part]:
     return [part(0, first)] * (first > 0) + middle + [part(last, T)] * (last < T)
 
 
-def forward(run: Callable, cut: list[Part], inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """out and lse, those of each part by run(inputs, options)."""
+def forward(
+    run: Callable, cut: list[Part], inputs: Inputs, options: Options, kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """out and lse, those of each part by run(inputs, options, kept)."""
     q = inputs.q
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=sum_dtype(q.dtype))
     for part in cut:
-        part_out, part_lse = run(*part.problem(inputs, options))
+        part_out, part_lse = run(*part.problem(inputs, options), kept)
         part.to_queries(part_out, out)
         part.to_queries(part_lse, lse)
     return out, lse
@@ -133,6 +136,7 @@ def backward(
     lse: Tensor,
     options: Options,
     wanted: dict[str, Tensor],
+    kept: Kept | None,
 ) -> dict[str, Tensor]:
     """Gradients of the wanted inputs, those of each part by run; what several parts add to in the dtype of sums."""
     dtype = sum_dtype(inputs.q.dtype)
@@ -146,7 +150,7 @@ def backward(
         problem, part_options = part.problem(inputs, options)
         part_dlse = None if dlse is None else part.of_queries(dlse)
         part_grads = run(
-            part.of_queries(dout), part_dlse, problem, None, part.of_queries(lse), part_options, needs_grad
+            part.of_queries(dout), part_dlse, problem, None, part.of_queries(lse), part_options, needs_grad, kept
         )
         for name, grad in zip(DIFFERENTIABLE, part_grads, strict=True):
             if name in ("k", "v") and grad is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import tiles
+from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import needed
 from txl_kernels.torch_backend.tiles import cast, product_dtype
 
@@ -61,6 +62,13 @@ class OnePiece:
             raw = torch.constant_pad_nd(raw, (0, self._columns - self._end), -torch.inf)
         return self.shifted(raw)
 
+    def scores(self, place: Tensor | None = None) -> Tensor:
+        """scale * (AC + BD), -inf where hidden: (B * H, T, n), in a place of that shape or a new one."""
+        scores = self.position_scores()
+        scores = scores.contiguous() if place is None else place.view(self.shape).copy_(scores)
+        scores, k = scores.flatten(0, 1), self.k.flatten(0, 1)
+        return torch.baddbmm(scores, self.q_content.flatten(0, 1), k.mT, alpha=self.scale, out=scores)
+
     def to_raw(self, dscores: Tensor) -> Tensor:
         """dscores (B * H, T, n) by row of r: (1|H, H|1 * T * B, p)."""
         B, H, T, _ = self.shape
@@ -89,9 +97,13 @@ def one_piece(inputs: Inputs, options: Options, for_backward: bool = False) -> O
     return OnePiece(inputs, options, first, row, end) if 0 <= row <= r.shape[2] - end else None
 
 
-def forward(piece: OnePiece, q: Tensor) -> tuple[Tensor, Tensor]:
+def forward(piece: OnePiece, q: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
     """out, laid out as q, and the log-sum-exp."""
     (B, H, T, n), Hk, scale = piece.shape, piece.k.shape[1], piece.scale
+    if kept is not None and (p := kept.take((B * H, T, n))[0]) is not None:
+        lse, _ = tiles.softmax(piece.scores(p))
+        out = torch.bmm(p, piece.v.flatten(0, 1))
+        return _laid_out_as(q, out.view(q.shape)), lse.view(B, H, T)
     bd, q_content, k, v = piece.position_scores(), piece.q_content, piece.k, piece.v
     if Hk < H:  # query heads of one key head as rows of one product
         rows = H // Hk * T
@@ -106,13 +118,16 @@ def forward(piece: OnePiece, q: Tensor) -> tuple[Tensor, Tensor]:
     return _laid_out_as(q, out), lse
 
 
-def backward(piece: OnePiece, dout: Tensor, dlse: Tensor | None, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def backward(
+    piece: OnePiece, dout: Tensor, dlse: Tensor | None, wanted: dict[str, Tensor], kept: Kept | None
+) -> dict[str, Tensor]:
     """The gradients of what is wanted, as in backward_pass.py."""
     (B, H, T, n), scale = piece.shape, piece.scale
-    q_content, k, v, dout = (x.flatten(0, 1) for x in (piece.q_content, piece.k, piece.v, dout))
-    p = piece.position_scores().contiguous().flatten(0, 1)
-    torch.baddbmm(p, q_content, k.mT, alpha=scale, out=p)
-    torch.softmax(p, -1, out=p)
+    v, dout = piece.v.flatten(0, 1), dout.flatten(0, 1)
+    p = None if kept is None else kept.take((B * H, T, n))[0]
+    if p is None:
+        p = piece.scores()
+        torch.softmax(p, -1, out=p)
     grads = {}
     if "v" in wanted:
         grads["v"] = torch.bmm(p.mT, dout).view(B, H, n, -1)

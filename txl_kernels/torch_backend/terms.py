@@ -7,29 +7,39 @@ from txl_kernels import dropout
 from txl_kernels.arguments import Inputs, Options
 
 ALL = slice(None)
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 class Terms:
     """The optional terms of one tile; slices say which batches, heads, query rows and keys it holds.
+
+    The backward needs the tanh of the softcap: kept in a place, or made again.
 
     Attributes:
         dropout_scale: what the surviving weights are multiplied by.
     """
 
     def __init__(
-        self, inputs: Inputs, options: Options, batches: slice, heads: slice, rows: slice, keys: slice
+        self,
+        inputs: Inputs,
+        options: Options,
+        batches: slice,
+        heads: slice,
+        rows: slice,
+        keys: slice,
+        tanh: Tensor | None,
     ) -> None:
         self._inputs, self._options = inputs, options
         self._where = batches, heads, rows, keys
         self._mask = None if inputs.attn_mask is None else part(inputs.attn_mask, *self._where)
-        self._differs = self._slope = self._dropped = None
+        self._tanh, self._differs, self._dropped = tanh, None, None
         if inputs.segment_scores is not None:
             q_ids, k_ids = inputs.segment_q_ids[batches, rows], inputs.segment_k_ids[batches, keys]
             self._differs = (q_ids[:, :, None] != k_ids[:, None])[:, None]
         self.dropout_scale = 1 / (1 - options.dropout_p)
 
-    def finish(self, scores: Tensor, keep_slope: bool = False) -> None:
-        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n); the backward needs a slope."""
+    def finish(self, scores: Tensor, for_backward: bool = False) -> None:
+        """Completes scale * (AC + BD), -inf where hidden, in place: (b, h, t, n)."""
         softcap = self._options.softcap
         if self._differs is not None:
             same, other = (self._inputs.segment_scores[self._where[:3]].to(scores.dtype) * self._options.scale).split(
@@ -38,10 +48,10 @@ class Terms:
             scores += torch.where(self._differs, other, same)
         if softcap is not None:
             hidden = scores == -torch.inf
-            scores.div_(softcap).tanh_()
-            if keep_slope:
-                self._slope = 1 - scores.square()
-            scores.mul_(softcap).masked_fill_(hidden, -torch.inf)
+            if self._tanh is None and for_backward:
+                self._tanh = torch.empty_like(scores)
+            tanh = torch.tanh(scores.div_(softcap), out=scores if self._tanh is None else self._tanh)
+            torch.mul(tanh, softcap, out=scores).masked_fill_(hidden, -torch.inf)
         if self._mask is not None:
             if self._mask.dtype == torch.bool:
                 scores.masked_fill_(~self._mask, -torch.inf)
@@ -58,8 +68,8 @@ class Terms:
         if "attn_mask" in totals:
             total = part(totals["attn_mask"], *self._where)
             total += dscores.sum_to_size(total.shape)
-        if self._slope is not None:
-            dscores *= self._slope
+        if self._tanh is not None:
+            _tanh_backward(dscores, self._tanh, grad_input=dscores)
         if "segment_scores" in totals:
             hidden_by = (self._differs, ~self._differs)
             sums = [dscores.masked_fill(hidden, 0.0).sum(-1) for hidden in hidden_by]

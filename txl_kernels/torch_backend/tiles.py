@@ -13,7 +13,7 @@ heads that share a key head are rows of one product: there are l = b * hk lanes 
 import functools
 from collections.abc import Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from txl_kernels.arguments import Inputs, Options
 from txl_kernels.torch_backend import terms
 from txl_kernels.torch_backend.positions import Band, Wrapped
 from txl_kernels.torch_backend.terms import ALL, Terms, cut, part
+
+if TYPE_CHECKING:
+    from txl_kernels.torch_backend.kept import Kept
 
 # Measured on two cores: larger tiles fall out of the cache and, at the causal edge, multiply more that is hidden;
 # smaller ones starve the matrix products. bfloat16, half the size, gets tiles of twice the rows and scores.
@@ -171,6 +174,11 @@ class Group:
             self.r_bias = None if self.r_bias is None else pad(self.r_bias, (1, 0))
         self.raw = self.k.new_empty(self.shift.size(b, h, size.rows, size.keys, S))
 
+    def tiles(self, kept: "Kept | None") -> Iterator["Tile"]:
+        """Its tiles, the last queries first, with their places in what is kept."""
+        rows = spans(self.inputs.q.shape[2], self.size.rows)
+        return (Tile(self, part, kept) for part in reversed(list(rows)))
+
 
 class Tile:
     """Query rows of a group, t of them, against the n keys that at least one of them sees.
@@ -184,9 +192,10 @@ class Tile:
         q_content: (b, h, t, D).
         position: its position term.
         n_lanes: l.
+        weights: the place of its softmax weights (b, h, t, n), or None where they are not kept.
     """
 
-    def __init__(self, group: Group, rows: slice) -> None:
+    def __init__(self, group: Group, rows: slice, kept: "Kept | None") -> None:
         left, right = group.options.left, group.options.right
         h, _, b, _ = group.q_content.shape
         first = rows.start + group.memory - left if left >= 0 else 0
@@ -200,20 +209,24 @@ class Tile:
         self.q_content = cut(group.q_content, ALL, rows).permute(2, 0, 1, 3)
 
         self.position = group.shift(group, rows, keys)
-        self._terms = Terms(group.inputs, group.options, *self.where, keys) if group.has_terms else None
+        self.weights = tanh = None
+        if kept is not None:
+            self.weights, tanh = kept.take(self.shape, with_tanh=group.options.softcap is not None)
+        self._terms = Terms(group.inputs, group.options, *self.where, keys, tanh) if group.has_terms else None
 
     @property
     def dropout_scale(self) -> float:
         """What the weights that survive dropout are multiplied by."""
         return 1.0 if self._terms is None else self._terms.dropout_scale
 
-    def scores(self, keep_slope: bool = False) -> Tensor:
-        """The scores with every term, -inf where hidden: (l, m, n)."""
-        scores = self.position.scores().contiguous()
+    def scores(self, for_backward: bool = False) -> Tensor:
+        """The scores with every term, -inf where hidden: (l, m, n), in the place of the weights if there is one."""
+        scores = self.position.scores()
+        scores = scores.contiguous() if self.weights is None else self.weights.copy_(scores)
         lanes = self.lanes(scores)
         torch.baddbmm(lanes, self.lanes(self.q_content), self.lanes(self.k).mT, out=lanes)
         if self._terms is not None:
-            self._terms.finish(scores, keep_slope)
+            self._terms.finish(scores, for_backward)
         return lanes
 
     def lanes(self, x: Tensor) -> Tensor:
