@@ -36,7 +36,7 @@ def rel_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Transformer-XL relative attention, fused: no T x S tensor is stored, but for 31 MiB on the torch backend.
+    r"""Transformer-XL relative attention, fused: nothing that grows with T x S is stored, forward or backward.
 
     Causal by default and aligned bottom-right, unlike ``scaled_dot_product_attention``: the queries are the
     last T of the S = M + T positions. Conformer and XLNet pass ``is_causal=False``. Extra rows of ``r`` are
@@ -103,11 +103,12 @@ def rel_attention(
         differentiable. A query without a visible key gets out 0, lse -inf and no gradient.
 
     All inputs but ids and lengths have gradients, each in its own dtype, summed over what it is broadcast along. Any
-    strides with a unit last stride (time-major views) are read in place; another last stride is copied. Nothing of
-    size T x S or T x P is stored, unless the caller passes a mask of that size; where gradients are recorded, the torch
-    backend keeps softmax weights for the backward, at most 31 MiB a call. Results repeat bit for bit. Under
-    ``torch.autocast`` q, k, v, r, q_pos are cast to the autocast dtype; biases, masks and segment scores stay in
-    float32 where they have it. Second derivatives are not implemented.
+    strides with a unit last stride (time-major views) are read in place; another last stride is copied. Nothing that
+    grows with T x S or T x P is stored, unless the caller passes a mask of that size. Of bounded size are the workspace
+    of the Triton backward, 64 MiB while it runs, and the softmax weights that the torch backend keeps for the backward
+    where gradients are recorded, at most 31 MiB a call. Results repeat bit for bit. Under ``torch.autocast`` q, k, v,
+    r, q_pos are cast to the autocast dtype; biases, masks and segment scores stay in float32 where they have it.
+    Second derivatives are not implemented.
 
     Raises:
         TypeError: A tensor, dtype, device or option is not of a kind listed above.

@@ -171,6 +171,27 @@ def test_windows(window, is_causal, use_tiles):
     assert_all_close_to_truth(got, truth, reference)
 
 
+# Of dkv, dq and dr: smaller or larger than those of the pass before, and of another shape.
+TILES = [((16, 16), (32, 32), (32, 32)), ((32, 32), (16, 16), (16, 16)), ((16, 32), (32, 16), (32, 16))]
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("window", [(-1, 0), (32, 0), (32, 15)], ids=["causal", "causal window", "window"])
+def test_every_pass_with_a_tile_of_its_own(window, tiles, descriptors, monkeypatch):
+    """What a pass leaves in the workspace, and where it leaves nothing, does not follow the tiles of the next.
+
+    Both edges of what a query sees meet corners of tiles, behind which dkv stores nothing.
+    """
+    rows = {name: Launch(*tile, 4, 1, 1, descriptors) for name, tile in zip(("dkv", "dq", "dr"), tiles, strict=True)}
+    monkeypatch.setattr(call, "launch_for", lambda name, *_: rows.get(name, Launch(32, 16, 4, 1)))
+    inputs, options = make_problem(frozenset({"bidirectional"}), **(SIZES | {"T": 77, "M": 32}), **HALF)
+    options["window"] = window
+    truth, reference = truth_and_reference(inputs, *upstream(inputs), **options)
+    got = outputs_and_gradients(triton_attention, inputs, *upstream(inputs), **options)
+    assert_all_close_to_truth(got, truth, reference)
+
+
 def test_tiles_outside_the_window_are_skipped(use_tiles):
     """A masked tile would multiply its NaN with 0, and show it."""
     use_tiles(16, 16)
