@@ -60,7 +60,7 @@ KERNELS = {
     "dr: tiles at the end skipped": ("backward_dr_kernel.py", "n_tiles - (upper - lower)", "lower"),
     "dr: rows of the next range": ("backward_dr_kernel.py", "tl.minimum(n_rows, keys - BLOCK_N + 1 - c)", "keys - BLOCK_N + 1 - c"),
     "dr: a batch element left out": ("backward_dr_kernel.py", "(n_batches * (part + 1)) // n_parts", "(n_batches * (part + 1) - 1) // n_parts"),
-    "ranges: blocks of rows left out": ("launch_backward.py", "triton.cdiv(last_row, block)", "last_row // block"),
+    "ranges: blocks of rows left out": ("launch_backward.py", "cdiv(last_row, block)", "last_row // block"),
     "ranges: keys that nobody sees": ("launch_backward.py", "self._ranges[0].j_first > 0", "False"),
     "dkv: first query tile skipped": ("backward_dkv_kernel.py", "tl.maximum(0, j0 - reach + 1) //", "(BLOCK_M + tl.maximum(0, j0 - reach + 1)) //"),
     "dkv: unmasked too early": ("backward_dkv_kernel.py", "j0 + BLOCK_N - reach - first)", "j0 - reach - first)"),
