@@ -1,9 +1,10 @@
-"""`make gpu`: the GPU tests, the benchmarks, then the tuner, in parts that can be resumed, each under nine minutes.
+"""`make gpu`: the GPU tests, the benchmarks, then the tuners, in parts that can be resumed, each under nine minutes.
 
 Uses the interpreter it runs in and installs nothing. A finished part leaves a file in the state folder and is
 skipped the next time; run it again until it says that all parts are done. Tests run side by side: most of their time
 is compilation. Whenever the benchmarks stop, the results so far are saved, merged, in benchmarks/results/<gpu>/. The
-tuner, which comes last, prints rows for launch_table.py. With little time, choose:
+tuners, which come last, print rows for launch_table.py and times for the constants of ranges.py. With little time,
+choose:
 
     python -m benchmarks.gpu --only tests benchmark-square tune
 """
@@ -127,7 +128,7 @@ def main() -> None:
     minutes = (deadline - time.monotonic()) / 60 - 0.5  # compilation of the last candidate
     sizes = [f"--shortlist={SHORTLIST}", f"--processes={os.cpu_count()}"]
     tuner = ["benchmarks.tune", f"--minutes={minutes:.1f}", f"--state={STATE / 'tune.jsonl'}", *sizes]
-    for name, arguments in left([("tune", tuner)]).items():
+    for name, arguments in left([("tune", tuner), ("workspace", ["benchmarks.tune_workspace"])]).items():
         if not unfinished:
             note(name, run_part(name, arguments, deadline - time.monotonic()))
     if unfinished:

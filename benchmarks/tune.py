@@ -44,6 +44,7 @@ KERNELS = {
 }
 # Gradients for which a pass runs. dkv runs before dq and dr, with the row of the table: their times have it on top.
 NEEDED = {"dq": ("q", "position_bias"), "dkv": ("k", "v", "content_bias"), "dr": ("r",)}
+NEEDED["backward"] = tuple(name for names in NEEDED.values() for name in names)
 HEAD_SIZES = (64, 128, 256)
 ROUNDS = 20
 UNFINISHED = 75  # exit status: call again

@@ -49,7 +49,7 @@ def test_gpu_parts_go_on_where_time_was_up(gpu_parts, capsys):
     place = benchmarks.index("benchmark-wt103_large")
     assert first[len(tests) :] == [*benchmarks[: place + 1], "saved", tune.UNFINISHED]
     assert gpu_parts(tune=None) == [*benchmarks[place:], "saved", "tune", tune.UNFINISHED]
-    assert gpu_parts() == ["saved", "tune"]
+    assert gpu_parts() == ["saved", "tune", "workspace"]
     assert capsys.readouterr().out.endswith("all parts are done\n")
 
 
