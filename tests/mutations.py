@@ -49,7 +49,7 @@ KERNELS = {
     "dq: rows of a short tile unmasked": ("backward_dq_kernel.py", "tl.where(i0 + BLOCK_M > n_rows, 0,", "tl.where(False, 0,"),
     "dq: keys of the left edge unmasked": ("backward_dq_kernel.py", "i_end + begin - first), BLOCK_N)", "i0 + begin - first), BLOCK_N)"),
     "dq: keys of the right edge unmasked": ("backward_dq_kernel.py", "tl.minimum(keys, i0 + reach) - first) //", "tl.minimum(keys, i_end + reach) - first) //"),
-    "dq: NaN below the window": ("backward_dq_kernel.py", "bounds[1] + shift)[:, None], r, 0.0)", "bounds[1] + shift)[:, None], r, r)"),
+    "dq: rows of r below the window read": ("backward_dq_kernel.py", "tl.maximum(seen_by_some, begin), tl.maximum", "seen_by_some, tl.maximum"),
     "dq: position bias gradient of later keys only": ("backward_dq_kernel.py", "* scale, D, BLOCK_D, ADD)", "* scale, D, BLOCK_D, False)"),
     "position query: gradient not scaled": ("backward_dq_kernel.py", "dq_position * scale, rows", "dq_position, rows"),
     "segment: gradient of earlier ranges lost": ("backward_dq_kernel.py", "total += tl.load(ptrs", "total += 0 * tl.load(ptrs"),

@@ -73,8 +73,6 @@ def _position_tile(
     """One tile of rows of r: its part of dq."""
     ds = load_raw_scores(ds_matrix, i0, p0, shift, bounds, BLOCK_M, BLOCK_N, MASKED)
     r = load_rows(r_matrix, p0, BLOCK_N, DR, BLOCK_DR)
-    if MASKED and bounds[1] is not None:  # rows that no pair uses may hold NaN
-        r = tl.where((p0 + tl.arange(0, BLOCK_N) >= bounds[1] + shift)[:, None], r, 0.0)
     # (M, N) x (N, DR) -> (M, DR)
     return tl.dot(ds, r, dq, input_precision=PRECISION)
 
