@@ -109,15 +109,15 @@ class _Gradients:
         self.du = parts(inputs.content_bias is not None, unseen, B, H, tiles, D)
 
         add = self._add_queries
-        self.dq, self.dq_pos = (like(x, add) for x in (inputs.q, inputs.q_pos))
+        self.dq, self.dq_pos = (like(x if self._with_queries else None, add) for x in (inputs.q, inputs.q_pos))
         tiles = cdiv(T, self._dq["BLOCK_M"])
-        self.dposition_bias = parts(inputs.position_bias is not None, add, B, H, tiles, D)
-        self.dsegment = parts(inputs.segment_scores is not None, add, B, H, T, 2)
+        self.dposition_bias = parts(self._with_queries and inputs.position_bias is not None, add, B, H, tiles, D)
+        self.dsegment = parts(self._with_queries and inputs.segment_scores is not None, add, B, H, T, 2)
 
         blocks = cdiv(call.P, self._dr["BLOCK_N"])
         self._dr_parts = B if call.r_batches > 1 else max(1, min(B, _DR_PROGRAMS // max(1, blocks * H)))
-        self.dr = parts(inputs.r is not None, self._add_rows, self._dr_parts, H, call.P, call.DR)
-        self.dr_bias = parts(inputs.r_bias is not None, self._add_rows, self._dr_parts, H, call.P)
+        self.dr = parts(self._with_rows and inputs.r is not None, self._add_rows, self._dr_parts, H, call.P, call.DR)
+        self.dr_bias = parts(self._with_rows and inputs.r_bias is not None, self._add_rows, self._dr_parts, H, call.P)
 
     def run(self, shared: dict) -> dict[str, Tensor | None]:
         """Runs the passes: gradients by name, in the dtype and layout of the inputs."""
