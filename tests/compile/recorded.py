@@ -11,6 +11,7 @@ from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend import call
 from txl_kernels.triton_backend.launch_table import Launch as Row
 from txl_kernels.triton_backend.launch_table import launch_for
+from txl_kernels.triton_backend.plans import PLANS
 
 
 def _optional(terms: str, B: int, H: int, T: int, S: int, D: int, empty) -> dict:
@@ -76,5 +77,5 @@ def launches(
 
     generations = mock.patch.object(call, "generation_of", return_value=generation)
     rows = mock.patch.object(call, "launch_for", side_effect=launch_for if row is None else lambda *_: row)
-    with generations, rows:
+    with generations, rows, mock.patch.object(PLANS, "most", 0):
         return {x.kernel.__name__: x for x in record_launches(run)}

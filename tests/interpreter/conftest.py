@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from txl_kernels.triton_backend import call, ranges
 from txl_kernels.triton_backend.launch_table import Launch
+from txl_kernels.triton_backend.plans import PLANS
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,6 +24,12 @@ def language_patched_once() -> Iterator[None]:
     yield
     interpreter._patch_lang = patch_language
     scope.restore()
+
+
+@pytest.fixture(autouse=True)
+def no_plan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests change what plans are made from."""
+    monkeypatch.setattr(PLANS, "most", 0)
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
@@ -49,8 +56,9 @@ def use_ranges(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what torch.empty, empty_like and new_empty return with NaN, so that an element left unwritten shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    """Fills what torch.empty and the like return with NaN, so that an element left unwritten shows."""
+    owners = {"empty": torch, "empty_like": torch, "empty_strided": torch, "new_empty": torch.Tensor}
+    for name, owner in owners.items():
         original = getattr(owner, name)
 
         def poisoned(*args, _original=original, **kwargs):

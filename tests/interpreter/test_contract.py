@@ -119,10 +119,12 @@ def test_ranges_of_keys(name, dtype, use_tiles, monkeypatch):
     monkeypatch.setattr(launch_forward, "_RANGE_KEYS", 16)
     kernel, grids = launch_forward.combine_kernel, []
     monkeypatch.setattr(
-        launch_forward, "combine_kernel", mock.MagicMock(__getitem__=lambda _, x: grids.append(x) or kernel[x])
+        launch_forward,
+        "combine_kernel",
+        mock.MagicMock(arg_names=kernel.arg_names, __getitem__=lambda _, x: grids.append(x) or kernel[x]),
     )
     check(TOGETHER.get(name, {name} - {"nothing"}), T=5, M=85, dtype=dtype)
-    assert grids == [(4,)]
+    assert grids == [(4, 1, 1)]
 
 
 def test_float32_beside_float16(use_tiles):

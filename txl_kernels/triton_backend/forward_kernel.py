@@ -14,6 +14,7 @@ from txl_kernels.triton_backend.primitives import (
     position_block,
     shift_in,
     store_rows,
+    with_bias,
 )
 from txl_kernels.triton_backend.scores import dropout_key, dropped, scores
 
@@ -72,7 +73,7 @@ def _forward_tile(
 # Lengths, and strides that follow from them, must not compile a new variant each.
 _UNSPECIALIZED = [
     "q_ptr", "k_ptr", "v_ptr", "r_ptr", "r_bias_ptr", "q_pos_ptr", "segment_ptr", "q_ids_ptr", "k_ids_ptr",
-    "mask_ptr", "lengths_ptr", "seed_ptr", "out_ptr", "lse_ptr",
+    "mask_ptr", "lengths_ptr", "seed_ptr", "content_bias_ptr", "position_bias_ptr", "out_ptr", "lse_ptr",
     "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_rb", "stride_rh",
     "stride_pb", "stride_ph", "stride_mb", "stride_mh", "stride_mm", "stride_ob", "stride_oh",
     "H", "group", "T", "S", "P", "rel_offset", "begin", "reach", "keep_below", "range_keys",
@@ -93,6 +94,8 @@ def forward_kernel(
     mask_ptr,
     lengths_ptr,
     seed_ptr,
+    content_bias_ptr,
+    position_bias_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -182,6 +185,10 @@ def forward_kernel(
     if q_pos_ptr is not None:
         q_pos_matrix = head_matrix(q_pos_ptr, stride_pb, stride_ph, stride_pm, T, b, h, ALIGNED)
         q_position = load_rows(q_pos_matrix, i0, BLOCK_M, DR, BLOCK_DR)
+    if position_bias_ptr is not None:
+        q_position = with_bias(q, position_bias_ptr + h * D, D, BLOCK_D)
+    if content_bias_ptr is not None:
+        q = with_bias(q, content_bias_ptr + h * D, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)

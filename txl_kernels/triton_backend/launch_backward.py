@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
@@ -12,8 +11,11 @@ from txl_kernels.triton_backend.backward_dkv_kernel import backward_dkv_kernel
 from txl_kernels.triton_backend.backward_dmask_kernel import backward_dmask_kernel
 from txl_kernels.triton_backend.backward_dq_kernel import backward_dq_kernel
 from txl_kernels.triton_backend.backward_dr_kernel import backward_dr_kernel
-from txl_kernels.triton_backend.call import Call, cdiv, contiguous, on_device_of, padded, strided
+from txl_kernels.triton_backend.call import Call, input_precision, on_device_of
+from txl_kernels.triton_backend.operands import contiguous
+from txl_kernels.triton_backend.plans import PLANS, Buffer, Step, layout_of
 from txl_kernels.triton_backend.ranges import Range, ranges_of
+from txl_kernels.triton_backend.sizes import cdiv, padded, strides
 from txl_kernels.triton_backend.vector_kernels import row_stats_kernel
 
 _VECTOR_BLOCK = 64
@@ -33,41 +35,59 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of DIFFERENTIABLE; None for those that need none."""
     with on_device_of(out):
-        call = Call(inputs, options, out, dout, copy_rows=True)
-        shared = {**strided("do", "do", "bhm", call.dout), **_row_stats(call, out, dout, lse, dlse)}
-        needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
-        grads = {}
-        if needed - {"attn_mask"}:
-            grads = _Gradients(call, needed).run(shared)
-        if "attn_mask" in needed:
-            grads["attn_mask"] = _mask_gradient(call, shared)
-    return [grads[name] if name in needed else None for name in DIFFERENTIABLE]
+        given = {"out_ptr": out, "do_ptr": dout, "lse_ptr": lse, "dlse_ptr": contiguous(dlse)}
+        layout = layout_of((*inputs, *given.values()))
+        key = out.device, input_precision(out.dtype), options, tuple(needs_grad), layout
+        return PLANS.find(_Backward, key, inputs, given, options, needs_grad).run(inputs, given)
 
 
-def _row_stats(call: Call, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> dict[str, Tensor | None]:
-    """The three vectors of row_stats_kernel, (B, H, T) in float32, under the names of the kernels' arguments."""
+class _Backward:
+    """The plan of a backward pass; given is what row_stats_kernel reads, by its names."""
 
-    def vector() -> Tensor:
-        return torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    def __init__(
+        self, inputs: Inputs, given: dict[str, Tensor | None], options: Options, needs_grad: Sequence[bool]
+    ) -> None:
+        self._needed = {name for name, needs in zip(DIFFERENTIABLE, needs_grad, strict=True) if needs}
+        out, dout, lse, _ = given.values()
+        call = Call(inputs, options, out, dout, biased=True, copy_rows=True)
+        self._operands = call.operands
+        vector = torch.empty(lse.shape, dtype=torch.float32, device="meta")
+        rest = vector if lse.dtype is torch.float64 else None
+        stats = {"lse_ptr": vector, "rest_ptr": rest, "delta_ptr": vector}
+        self._stats = _buffers(stats)
+        self._row_stats = Step(
+            row_stats_kernel,
+            (cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,),
+            {
+                **given,
+                **strides("o", "bhm", out),
+                **strides("do", "bhm", dout),
+                "lse_stat_ptr": vector,
+                "rest_ptr": rest,
+                "delta_ptr": vector,
+                "H": call.H,
+                "T": call.T,
+                "ALIGNED": call.aligned,
+                "D": call.D,
+                "BLOCK_D": padded(call.D),
+                "BLOCK_M": _VECTOR_BLOCK,
+            },
+        )
+        self._gradients = self._mask = None
+        if self._needed - {"attn_mask"}:
+            self._gradients = _Gradients(call, inputs, stats, self._needed)
+        if "attn_mask" in self._needed:
+            self._mask = _MaskGradient(call, inputs, stats)
 
-    delta, lse_stat = vector(), vector()
-    rest = vector() if lse.dtype is torch.float64 else None
-    row_stats_kernel[(cdiv(call.T, _VECTOR_BLOCK) * call.B * call.H,)](
-        **strided("out", "o", "bhm", out),
-        **strided("do", "do", "bhm", dout),
-        lse_ptr=lse,
-        dlse_ptr=contiguous(dlse),
-        lse_stat_ptr=lse_stat,
-        rest_ptr=rest,
-        delta_ptr=delta,
-        H=call.H,
-        T=call.T,
-        ALIGNED=call.aligned,
-        D=call.D,
-        BLOCK_D=padded(call.D),
-        BLOCK_M=_VECTOR_BLOCK,
-    )
-    return {"lse_ptr": lse_stat, "rest_ptr": rest, "delta_ptr": delta}
+    def run(self, inputs: Inputs, given: dict[str, Tensor | None]) -> list[Tensor | None]:
+        tensors = self._operands.tensors(inputs, given["do_ptr"])
+        stats = _allocated(self._stats, inputs.q.device)
+        self._row_stats(given | stats | {"lse_ptr": given["lse_ptr"], "lse_stat_ptr": stats["lse_ptr"]})
+        tensors |= stats
+        grads = {} if self._gradients is None else self._gradients.run(inputs, tensors)
+        if self._mask is not None:
+            grads["attn_mask"] = self._mask.run(inputs, tensors)
+        return [grads[name] if name in self._needed else None for name in DIFFERENTIABLE]
 
 
 class _Gradients:
@@ -76,133 +96,173 @@ class _Gradients:
     A kernel that runs for one range after the other adds to zeros.
     """
 
-    def __init__(self, call: Call, needed: set[str]) -> None:
-        inputs, arguments = call.inputs, call.arguments
-        self._call = call
-        self._ranges = ranges_of(call.B, call.H, call.T, call.S, arguments["begin"], arguments["reach"], call.itemsize)
+    def __init__(self, call: Call, inputs: Inputs, stats: dict[str, Tensor | None], needed: set[str]) -> None:
+        begin, reach = call.arguments["begin"], call.arguments["reach"]
+        self._ranges = ranges_of(call.B, call.H, call.T, call.S, begin, reach, call.itemsize)
         self._with_queries = bool(needed & {"q", "q_pos", "position_bias", "segment_scores"})
         self._with_rows = bool(needed & {"r", "r_bias"})
+        self._group, self._r_batches = call.group, call.r_batches
+        self._heads_share_r = inputs.r is not None and inputs.r.shape[1] != call.H
         self._dkv, self._dq, self._dr = (call.tiling(kernel) for kernel in ("dkv", "dq", "dr"))
         self._add_keys = any(part.i_first > 0 for part in self._ranges)
         self._add_queries = len({part[4:] for part in self._ranges}) > len({part.i_first for part in self._ranges})
         self._add_rows = len(self._ranges) > 1
+        results, zeros = self._results(call, inputs)
+        self._buffers = _buffers(results, zeros)
+        shared = stats | results
+        ds = torch.empty(max(part.pairs for part in self._ranges), dtype=inputs.q.dtype, device="meta")
+        self._ds = Buffer(ds)
+        self._steps = []
+        for part in self._ranges:
+            place = _place(part, ds[: part.pairs].view(part.slots, part.i_last - part.i_first, -1))
+            keys = self._key_pass(call, part, place | shared)
+            queries = self._query_pass(call, part, place | shared) if self._with_queries else None
+            rows = self._row_pass(call, part, place | shared) if self._with_rows else None
+            self._steps.append((keys, queries, rows))
 
-        # Keys that lie before the first range are seen by nobody.
-        unseen = self._add_keys or self._ranges[0].j_first > 0
+    def _results(self, call: Call, inputs: Inputs) -> tuple[dict[str, Tensor | None], set[str]]:
+        """What the passes write, by the names of their arguments, on the meta device, and what begins as zeros."""
         B, H, T, S, D = call.B, call.H, call.T, call.S, call.D
 
-        def like(x: Tensor | None, add: bool, zeros: bool = False) -> Tensor | None:
-            if x is None:
-                return None
-            dtype = torch.float32 if add else x.dtype
-            return (torch.zeros_like if add or zeros else torch.empty_like)(x, dtype=dtype)
+        def like(x: Tensor | None, add: bool) -> Tensor | None:
+            dtype = torch.float32 if add else inputs.q.dtype
+            return None if x is None else torch.empty_like(x, dtype=dtype, device="meta")
 
-        def parts(wanted: bool, zeros: bool, *shape: int) -> Tensor | None:
-            make = torch.zeros if zeros else torch.empty
-            return make(shape, dtype=torch.float32, device=inputs.q.device) if wanted else None
+        def parts(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.empty(shape, dtype=torch.float32, device="meta") if wanted else None
 
         if call.group == 1:
-            self.dk, self.dv = (like(x, self._add_keys, unseen) for x in (inputs.k, inputs.v))
+            dk, dv = (like(x, self._add_keys) for x in (inputs.k, inputs.v))
         else:  # a part for each query head of a group
-            self.dk, self.dv = (parts(True, unseen, B, H, S, D) for _ in range(2))
-        tiles = cdiv(S, self._dkv["BLOCK_N"])
-        self.du = parts(inputs.content_bias is not None, unseen, B, H, tiles, D)
-
-        add = self._add_queries
-        self.dq, self.dq_pos = (like(x if self._with_queries else None, add) for x in (inputs.q, inputs.q_pos))
-        tiles = cdiv(T, self._dq["BLOCK_M"])
-        self.dposition_bias = parts(self._with_queries and inputs.position_bias is not None, add, B, H, tiles, D)
-        self.dsegment = parts(self._with_queries and inputs.segment_scores is not None, add, B, H, T, 2)
-
+            dk, dv = (parts(True, B, H, S, D) for _ in range(2))
+        key_tiles, query_tiles = cdiv(S, self._dkv["BLOCK_N"]), cdiv(T, self._dq["BLOCK_M"])
         blocks = cdiv(call.P, self._dr["BLOCK_N"])
         self._dr_parts = B if call.r_batches > 1 else max(1, min(B, _DR_PROGRAMS // max(1, blocks * H)))
-        self.dr = parts(self._with_rows and inputs.r is not None, self._add_rows, self._dr_parts, H, call.P, call.DR)
-        self.dr_bias = parts(self._with_rows and inputs.r_bias is not None, self._add_rows, self._dr_parts, H, call.P)
+        with_queries, with_rows = self._with_queries, self._with_rows
+        by_key = {"dk_ptr": dk, "dv_ptr": dv, "du_ptr": parts(inputs.content_bias is not None, B, H, key_tiles, D)}
+        by_query = {
+            "dq_ptr": like(inputs.q if with_queries else None, self._add_queries),
+            "dq_pos_ptr": like(inputs.q_pos if with_queries else None, self._add_queries),
+            "dposition_bias_ptr": parts(with_queries and inputs.position_bias is not None, B, H, query_tiles, D),
+            "dsegment_ptr": parts(with_queries and inputs.segment_scores is not None, B, H, T, 2),
+        }
+        by_row = {
+            "dr_ptr": parts(with_rows and inputs.r is not None, self._dr_parts, H, call.P, call.DR),
+            "dr_bias_ptr": parts(with_rows and inputs.r_bias is not None, self._dr_parts, H, call.P),
+        }
+        # Keys that lie before the first range are seen by nobody.
+        unseen = self._ranges[0].j_first > 0
+        kinds = ((by_key, self._add_keys or unseen), (by_query, self._add_queries), (by_row, self._add_rows))
+        return by_key | by_query | by_row, {name for names, zeros in kinds if zeros for name in names}
 
-    def run(self, shared: dict) -> dict[str, Tensor | None]:
+    def run(self, inputs: Inputs, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Runs the passes: gradients by name, in the dtype and layout of the inputs."""
-        call = self._call
-        inputs = call.inputs
-        buffer = inputs.q.new_empty(max(part.pairs for part in self._ranges))
-        for part in self._ranges:
-            ds = buffer[: part.pairs].view(part.slots, part.i_last - part.i_first, -1)
-            self._key_pass(part, ds, shared)
-            if self._with_queries:
-                self._query_pass(part, ds)
-            if self._with_rows:
-                self._row_pass(part, ds)
+        device = inputs.q.device
+        made, ds = _allocated(self._buffers, device), self._ds.allocate(device)
+        tensors = tensors | made | {"ds_ptr": ds, "ds_raw_ptr": ds}
+        of_rows = tensors if tensors["q_pos_ptr"] is not None else tensors | {"q_pos_ptr": tensors["q_ptr"]}
+        for keys, queries, rows in self._steps:
+            keys(tensors)
+            if queries is not None:
+                queries(tensors)
+            if rows is not None:
+                rows(of_rows)
 
-        dk, dv = self.dk, self.dv
-        if call.group > 1:
-            parts = (x.unflatten(1, (-1, call.group)).sum(2) for x in (dk, dv))
+        dk, dv = made["dk_ptr"], made["dv_ptr"]
+        if self._group > 1:
+            parts = (x.unflatten(1, (-1, self._group)).sum(2) for x in (dk, dv))
             dk, dv = map(_like, (inputs.k, inputs.v), parts)
-        grads = {"k": dk, "v": dv, "content_bias": _like(inputs.content_bias, self.du, (0, 2))}
+        grads = {"k": dk, "v": dv, "content_bias": _like(inputs.content_bias, made.get("du_ptr"), (0, 2))}
         if self._with_queries:
             grads |= {
-                "q": self.dq,
-                "q_pos": self.dq_pos,
-                "position_bias": _like(inputs.position_bias, self.dposition_bias, (0, 2)),
-                "segment_scores": _like(inputs.segment_scores, self.dsegment),
+                "q": made["dq_ptr"],
+                "q_pos": made.get("dq_pos_ptr"),
+                "position_bias": _like(inputs.position_bias, made.get("dposition_bias_ptr"), (0, 2)),
+                "segment_scores": _like(inputs.segment_scores, made.get("dsegment_ptr")),
             }
         if self._with_rows:
-            served = [] if call.r_batches > 1 else [0]
-            if inputs.r is not None and inputs.r.shape[1] != call.H:
-                served.append(1)
-            grads |= {"r": _like(inputs.r, self.dr, served), "r_bias": _like(inputs.r_bias, self.dr_bias, (0,))}
+            served = ([] if self._r_batches > 1 else [0]) + [1] * self._heads_share_r
+            grads |= {
+                "r": _like(inputs.r, made.get("dr_ptr"), served),
+                "r_bias": _like(inputs.r_bias, made.get("dr_bias_ptr"), (0,)),
+            }
         return {name: x if x is None else x.to(getattr(inputs, name).dtype) for name, x in grads.items()}
 
-    def _key_pass(self, part: Range, ds: Tensor, shared: dict) -> None:
+    def _key_pass(self, call: Call, part: Range, shared: dict) -> Step:
         tiles = cdiv(part.j_last - part.j_first, self._dkv["BLOCK_N"])
-        backward_dkv_kernel[(tiles * part.slots,)](
-            **self._call.operands("dkv", **shared),
-            **_place(part, ds),
-            **strided("dk", "dk", "bhn", self.dk),
-            **strided("dv", "dv", "bhn", self.dv),
-            du_ptr=self.du,
-            i_last=part.i_last,
-            ADD=self._add_keys,
-            **self._dkv,
-        )
+        arguments = {
+            **call.described("dkv", **shared),
+            **strides("dk", "bhn", shared["dk_ptr"]),
+            **strides("dv", "bhn", shared["dv_ptr"]),
+            "i_last": part.i_last,
+            "ADD": self._add_keys,
+        }
+        return Step(backward_dkv_kernel, (tiles * part.slots,), arguments | self._dkv)
 
-    def _query_pass(self, part: Range, ds: Tensor) -> None:
+    def _query_pass(self, call: Call, part: Range, shared: dict) -> Step:
         tiles = cdiv(part.i_last - part.i_first, self._dq["BLOCK_M"])
-        arguments = self._call.operands("dq", **_place(part, ds)) | self._call.counted_from(part)
-        backward_dq_kernel[(tiles * part.slots,)](
-            **_only(backward_dq_kernel, arguments),
-            ds_raw_ptr=ds,
-            **strided("dq", "dq", "bhm", self.dq),
-            **strided("dq_pos", "dp", "bhm", self.dq_pos),
-            dposition_bias_ptr=self.dposition_bias,
-            dsegment_ptr=self.dsegment,
-            ADD=self._add_queries,
-            **self._dq,
-        )
+        arguments = {
+            **call.described("dq", **shared),
+            **call.counted_from(part),
+            "ds_raw_ptr": shared["ds_ptr"],
+            **strides("dq", "bhm", shared["dq_ptr"]),
+            **strides("dp", "bhm", shared["dq_pos_ptr"]),
+            "ADD": self._add_queries,
+        }
+        return Step(backward_dq_kernel, (tiles * part.slots,), arguments | self._dq)
 
-    def _row_pass(self, part: Range, ds: Tensor) -> None:
-        call, block, batches = self._call, self._dr["BLOCK_N"], part.b_last - part.b_first
-        arguments = call.operands("dr", **_place(part, ds)) | call.counted_from(part)
+    def _row_pass(self, call: Call, part: Range, shared: dict) -> Step | None:
+        block, batches = self._dr["BLOCK_N"], part.b_last - part.b_first
+        arguments = call.described("dr", **shared) | call.counted_from(part)
         first, last = 0, cdiv(call.P, block)
         if self._add_rows:  # only blocks that have pairs of the range
             first_row = arguments["shift"] - (arguments["n_rows"] - 1)
             last_row = arguments["shift"] + part.j_last - part.j_first
             first, last = max(0, first_row // block), min(last, cdiv(last_row, block))
         if last <= first:
-            return
+            return None
         if arguments["q_pos_ptr"] is None:
             arguments |= {"q_pos_ptr": arguments["q_ptr"]} | {f"stride_p{x}": arguments[f"stride_q{x}"] for x in "bhm"}
         batched = call.r_batches > 1
-        parts = batches if batched else min(batches, self._dr_parts)
-        backward_dr_kernel[((part.h_last - part.h_first) * (last - first), parts)](
-            **_only(backward_dr_kernel, arguments),
-            dr_ptr=self.dr,
-            dr_bias_ptr=self.dr_bias,
-            n_batches=batches,
-            first_block=first,
-            n_blocks=last - first,
-            first_part=part.b_first if batched else 0,
-            ADD=self._add_rows,
-            **self._dr,
+        arguments |= {
+            "n_batches": batches,
+            "first_block": first,
+            "n_blocks": last - first,
+            "first_part": part.b_first if batched else 0,
+            "ADD": self._add_rows,
+        }
+        grid = (part.h_last - part.h_first) * (last - first), batches if batched else min(batches, self._dr_parts)
+        return Step(backward_dr_kernel, grid, arguments | self._dr)
+
+
+class _MaskGradient:
+    """The gradient of a float mask, in its own shape."""
+
+    def __init__(self, call: Call, inputs: Inputs, stats: dict[str, Tensor | None]) -> None:
+        dmask = torch.empty(inputs.attn_mask.shape, dtype=torch.float32, device="meta")
+        self._dmask = Buffer(dmask)
+        mask_b, mask_h, mask_t, mask_s = dmask.shape
+        tiling = call.tiling("dmask")
+        tiles = (cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
+        sizes = {"B": call.B, "mask_b": mask_b, "mask_h": mask_h, "mask_t": mask_t, "mask_s": mask_s}
+        self._step = Step(
+            backward_dmask_kernel,
+            (math.prod(tiles) * mask_b * mask_h,),
+            {**call.arguments, **stats, **sizes, "dmask_ptr": dmask, **tiling},
         )
+
+    def run(self, inputs: Inputs, tensors: dict[str, Tensor | None]) -> Tensor:
+        dmask = self._dmask.allocate(inputs.q.device)
+        self._step(tensors | {"dmask_ptr": dmask})
+        return _like(inputs.attn_mask, dmask)
+
+
+def _buffers(samples: dict[str, Tensor | None], zeros: Sequence[str] = ()) -> dict[str, Buffer]:
+    return {name: Buffer(x, name in zeros) for name, x in samples.items() if x is not None}
+
+
+def _allocated(buffers: dict[str, Buffer], device: torch.device) -> dict[str, Tensor]:
+    return {name: buffer.allocate(device) for name, buffer in buffers.items()}
 
 
 def _place(part: Range, ds: Tensor) -> dict:
@@ -217,32 +277,6 @@ def _place(part: Range, ds: Tensor) -> dict:
         "j_first": part.j_first,
         "j_last": part.j_last,
     }
-
-
-def _only(kernel: triton.runtime.JITFunction, arguments: dict) -> dict:
-    """Those of the arguments that the kernel has."""
-    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
-
-
-def _mask_gradient(call: Call, shared: dict) -> Tensor:
-    """The gradient of a float mask, in its own shape."""
-    mask = call.inputs.attn_mask
-    dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-    mask_b, mask_h, mask_t, mask_s = mask.shape
-    tiling = call.tiling("dmask")
-    tiles = (cdiv(size, block) for size, block in ((mask_t, tiling["BLOCK_M"]), (mask_s, tiling["BLOCK_N"])))
-    backward_dmask_kernel[(math.prod(tiles) * mask_b * mask_h,)](
-        **call.arguments,
-        **shared,
-        B=call.B,
-        dmask_ptr=dmask,
-        mask_b=mask_b,
-        mask_h=mask_h,
-        mask_t=mask_t,
-        mask_s=mask_s,
-        **tiling,
-    )
-    return _like(mask, dmask)
 
 
 def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()) -> Tensor | None:

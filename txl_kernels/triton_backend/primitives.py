@@ -5,7 +5,8 @@ Row p of r serves the pair (i, j) when p = j - i + rel_offset, with rel_offset =
 Query i sees the keys max(0, i + begin) <= j < min(keys, i + reach): with M = S - T and a window (left, right),
 begin = M - left, or None without a limit, and reach = M + 1 + right, at most S; keys = S or fewer by key_lengths.
 
-The kernels' q is q + u; their q_pos is q + v, or what the caller gave, or None where it is q itself.
+The kernels' q is q + u; their q_pos is q + v, or what the caller gave, or None where it is q itself. A forward of few
+queries gets q and the biases and adds them.
 
 The shift inside a tile of M queries (from i0) by N keys (from j0), N a power of two: with c = j0 - i0 + rel_offset
 the tile needs the rows c + (jj - ii). Cut r into blocks of N rows, block e starting at row c - e N, and let
@@ -74,6 +75,14 @@ def load_rows(matrix, first, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.co
             inside = inside & (offs_d < D)[None, :]
         tile = tl.load(source + rows.to(tl.int64)[:, None] * place + offs_d[None, :], mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def with_bias(q, bias_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q + bias, rounded once."""
+    offs_d = tl.arange(0, BLOCK_D)
+    bias = tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0)
+    return (q.to(tl.float32) + bias.to(tl.float32)[None, :]).to(q.dtype)
 
 
 @triton.jit

@@ -3,7 +3,49 @@
 import triton
 import triton.language as tl
 
-from txl_kernels.triton_backend.primitives import LOWEST, head_pointer, load_rows, store_rows
+from txl_kernels.triton_backend.primitives import LOWEST, head_pointer, load_rows, store_rows, with_bias
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_ptr", "content_bias_ptr", "position_bias_ptr", "q_content_ptr", "q_position_ptr",
+        "stride_qb", "stride_qh", "stride_ob", "stride_oh", "H", "T",
+    ]
+)  # fmt: skip
+def biased_queries_kernel(
+    q_ptr,
+    content_bias_ptr,
+    position_bias_ptr,
+    q_content_ptr,
+    q_position_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    H,
+    T,
+    ALIGNED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """q + u and q + v, where there is such a bias, (B, H, T, D) laid out alike. Grid: (tiles * B * H,)."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    i0 = pid % n_tiles * BLOCK_M
+    offs_m = i0 + tl.arange(0, BLOCK_M)
+    bh = (pid // n_tiles).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    q = load_rows((head_pointer(q_ptr, stride_qb, stride_qh, b, h, ALIGNED), stride_qm, T), i0, BLOCK_M, D, BLOCK_D)
+    if content_bias_ptr is not None:
+        content = head_pointer(q_content_ptr, stride_ob, stride_oh, b, h, ALIGNED)
+        store_rows((content, stride_om, T), with_bias(q, content_bias_ptr + h * D, D, BLOCK_D), offs_m, D, BLOCK_D)
+    if position_bias_ptr is not None:
+        position = head_pointer(q_position_ptr, stride_ob, stride_oh, b, h, ALIGNED)
+        store_rows((position, stride_om, T), with_bias(q, position_bias_ptr + h * D, D, BLOCK_D), offs_m, D, BLOCK_D)
 
 
 @triton.jit(
