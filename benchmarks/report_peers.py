@@ -85,8 +85,9 @@ def host_table(results: list[Result]) -> str:
     ]
     for x in sorted(results, key=lambda x: x["host_time"], reverse=True):
         cells = [x["host_time"], "{B}, {H} x {D}, {T}".format(**x["sizes"])]
-        cells += [f"{x['seconds'][side] * 1e6:.3g}" for side in ("ours", "sdpa", "eager")]
-        lines.append(f"| {' | '.join(cells)} | {1 / x['ratio']['sdpa']:.2f}x |")
+        seconds, ratio = x["seconds"], x["ratio"]
+        cells += [f"{seconds[side] * 1e6:.3g}" if side in seconds else "-" for side in ("ours", "sdpa", "eager")]
+        lines.append(f"| {' | '.join(cells)} | {1 / ratio['sdpa']:.2f}x |" if ratio else f"| {' | '.join(cells)} | - |")
     return "\n".join(lines)
 
 

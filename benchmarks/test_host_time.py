@@ -37,14 +37,34 @@ class HostStopwatch:
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["no_gradient", "gradient_recorded"])
 def test_host_time(benchmark, settings, record, recorded):
-    inputs = make_inputs(**SIZES, dtype=settings.dtype, device=settings.device)
-    leaves = {name: x.requires_grad_(recorded) for name, x in inputs.items()}
+    leaves = leaves_of(settings.dtype, settings.device, recorded)
     q, k, v = (leaves[name] for name in "qkv")
     sides = {
         "ours": lambda: rel_attention(**leaves),
         "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
         "eager": lambda: rel_attention_eager(**leaves),
     }
+    measure(benchmark, settings, record, sides, recorded)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_gradient", "gradient_recorded"])
+def test_host_time_of_launches(benchmark, settings, record, recorded, tmp_path):
+    """Where there is no GPU, all that the host does for one but the launch itself (tests/compile/driver)."""
+    driver = pytest.importorskip("tests.compile.driver", reason="needs Triton")
+    if driver.MISSING:
+        pytest.skip(driver.MISSING)
+    leaves = leaves_of(torch.bfloat16, torch.device("cpu"), recorded)
+    with driver.driver_that_launches_nothing(tmp_path):
+        sides = {"ours": lambda: rel_attention(**leaves, backend="triton")}
+        measure(benchmark, settings, record, sides, recorded, "to a GPU's driver that launches nothing")
+
+
+def leaves_of(dtype, device, recorded):
+    inputs = make_inputs(**SIZES, dtype=dtype, device=device)
+    return {name: x.requires_grad_(recorded) for name, x in inputs.items()}
+
+
+def measure(benchmark, settings, record, sides, recorded, *where):
     for side in sides.values():  # compilation
         side()
     comparison = Comparison(sides, HostStopwatch(settings.device))
@@ -54,8 +74,7 @@ def test_host_time(benchmark, settings, record, recorded):
     record(
         comparison.results()
         | {
-            "host_time": "forward, gradient recorded" if recorded else "forward, no gradient",
+            "host_time": ", ".join(["forward", "gradient recorded" if recorded else "no gradient", *where]),
             "sizes": SIZES,
-            "dtype": str(settings.dtype).removeprefix("torch."),
         }
     )

@@ -33,6 +33,7 @@ _N_INPUTS, _N_DIFFERENTIABLE, _N_OPTIONS = len(Inputs._fields), len(DIFFERENTIAB
 _N_SAVED = _N_INPUTS + 2  # with out and lse
 
 
+@functools.cache
 def _backend_module(backend: str):
     # Imported on first use: Triton is slow to import and not needed for CPU tensors.
     if backend == "triton":
@@ -124,7 +125,8 @@ def _backward(dout, dlse, *args):
     backward = functools.partial(module.backward, _unit_last_stride(dout), dlse)
     kept = (module.kept_in(x) for x in weights)
     grads = _run(backward, _normalized(inputs), out, lse, options, needs_grad, *kept)
-    return [grad.view(x.shape) for grad, x in zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)]
+    pairs = zip(_wanted(grads, needs_grad), _wanted(inputs, needs_grad), strict=True)
+    return [grad if grad.shape == x.shape else grad.view(x.shape) for grad, x in pairs]
 
 
 def _backward_fake(dout, dlse, *args):
@@ -156,7 +158,7 @@ class _RelAttention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
-        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
+        grads = iter(_backward_autograd(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
         return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
@@ -207,6 +209,14 @@ torch.library.register_fake("txl_kernels::rel_attention_with_weights", _forward_
 torch.library.register_fake("txl_kernels::rel_attention_backward", _backward_fake, lib=_library)
 _library.impl("rel_attention", _forward_autograd, "Autograd")
 _library.impl("rel_attention_backward", _backward_autograd, "Autograd")
+
+
+def attend(*args):
+    """rel_attention(*args); what is neither traced nor transformed starts at its Autograd kernel, 4 us earlier."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return rel_attention(*args)
+    return _forward_autograd(*args)
+
 
 rel_attention = torch.ops.txl_kernels.rel_attention.default
 rel_attention_with_weights = torch.ops.txl_kernels.rel_attention_with_weights.default

@@ -149,8 +149,9 @@ def _by_tiles(x: Tensor, block: int) -> TensorDescriptor:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: exactly, unless the user lets PyTorch use tf32 on an NVIDIA GPU."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+    if dtype is not torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -283,5 +283,7 @@ def _like(x: Tensor | None, total: Tensor | None, dimensions: Sequence[int] = ()
     """A float32 gradient, summed over its parts, in the dtype and layout of x."""
     if x is None:
         return None
-    total = total.sum(dimensions) if dimensions else total
-    return torch.empty_like(x).copy_(total.view(x.shape))
+    if dimensions := [dim for dim in dimensions if total.shape[dim] > 1]:
+        total = total.sum(dimensions)
+    total = total.view(x.shape)
+    return total.to(x.dtype) if x.is_contiguous() else torch.empty_like(x).copy_(total)
