@@ -32,12 +32,12 @@ def test_bfloat16_products(T, M, features, in_hardware, monkeypatch):
 
 @pytest.mark.parametrize(
     ("features", "batched"),
-    # That of the values; products of r that is not time-major, of one head or with a width of its own, are batched too.
-    [((), 1), (("bidirectional",), 1), (("window",), 1), (("grouped heads",), 1), (("shared r",), 2),
-     (("position query",), 2)],
+    # Products of r that is not time-major, of one head or with a width of its own, are batched.
+    [((), 0), (("bidirectional",), 0), (("window",), 0), (("grouped heads",), 0), (("shared r",), 1),
+     (("position query",), 1)],
 )  # fmt: skip
-def test_bfloat16_of_one_query_reads_time_major_keys_in_order(features, batched, monkeypatch):
-    """The scores of all heads in one product, not in a batched one."""
+def test_bfloat16_of_one_query_reads_time_major_tensors_in_order(features, batched, monkeypatch):
+    """All heads in one product, not in a batched one."""
     monkeypatch.setattr(tiles, "cpu_multiplies_bfloat16", lambda: True)
     inputs, options = make_problem(frozenset(features), 3, T=1, M=100, D=24, dtype=torch.bfloat16, layout="tbhd")
     tensors, numbers = backend_call(inputs, **options)

@@ -111,10 +111,10 @@ def forward(piece: OnePiece, q: Tensor, kept: Kept | None) -> tuple[Tensor, Tens
     if q.dtype is torch.bfloat16:  # PyTorch's fused attention is 9 times slower here than in float32
         p = bd.add_(_scores_of_one(q_content, k), alpha=scale)
         lse, _ = tiles.softmax(p)
-        out = torch.matmul(p.to(q.dtype), v)
+        out = _values_of_one(p.to(q.dtype), v)
     else:
         out, lse = _fused(q_content, k, v, attn_mask=bd, scale=scale)
-    out, lse = out.view(q.shape), lse.reshape(B, H, T).contiguous()
+    out, lse = out.reshape(q.shape), lse.reshape(B, H, T).contiguous()
     return _laid_out_as(q, out), lse
 
 
@@ -199,3 +199,17 @@ def _scores_of_one(queries: Tensor, keys: Tensor) -> Tensor:
     for i in range(b):
         torch.mm(blocks[i], rows[i].mT, out=scores[i].view(h * m, -1))
     return scores
+
+
+def _values_of_one(weights: Tensor, values: Tensor) -> Tensor:
+    """weights @ values in bfloat16, (b, h, m, D), for few rows m and many values of any layout.
+
+    PyTorch's batched product first copies values whose heads are side by side. Read in order, all heads are one product,
+    of which a diagonal of blocks is wanted: 1.4 times as fast out of the cache, 0.9 in it.
+    """
+    b, h, m, n = weights.shape
+    if values.stride(1) != values.shape[3]:
+        return torch.matmul(weights, values)
+    weights, rows = weights.reshape(b, h * m, n), values.transpose(1, 2).flatten(2)
+    products = torch.stack([torch.mm(weights[i], rows[i]) for i in range(b)])
+    return products.view(b, h, m, h, -1).diagonal(0, 1, 3).movedim(-1, 1)
