@@ -162,7 +162,7 @@ def measured(work: Pass, row: Launch, stopwatch: Callable, device: torch.device)
         return row if name == work.name else launch_for(name, *others)
 
     try:
-        with mock.patch.object(call, "launch_for", row_for), mock.patch.object(PLANS, "most", 0):
+        with mock.patch.object(call, "launch_for", row_for), mock.patch.object(PLANS, "most_steps", 0):
             work.check(work.run())
             function = work.run
             if device.type == "cuda":

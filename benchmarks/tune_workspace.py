@@ -29,7 +29,7 @@ ROUNDS = 10
 def milliseconds(work: Pass, stopwatch: Stopwatch, mebibytes: int, queries: int, rounds: int) -> float:
     """Median time of one backward with these constants of `ranges.py`."""
     constants = mock.patch.multiple(ranges, WORKSPACE=mebibytes << 20, QUERIES=queries)
-    with constants, mock.patch.object(PLANS, "most", 0):
+    with constants, mock.patch.object(PLANS, "most_steps", 0):
         work.check(work.run())
         return 1e3 * median(stopwatch(work.run) for _ in range(rounds))
 

@@ -77,5 +77,5 @@ def launches(
 
     generations = mock.patch.object(call, "generation_of", return_value=generation)
     rows = mock.patch.object(call, "launch_for", side_effect=launch_for if row is None else lambda *_: row)
-    with generations, rows, mock.patch.object(PLANS, "most", 0):
+    with generations, rows, mock.patch.object(PLANS, "most_steps", 0):
         return {x.kernel.__name__: x for x in record_launches(run)}

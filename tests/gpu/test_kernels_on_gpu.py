@@ -74,7 +74,7 @@ def test_several_ranges_of_the_workspace(window, D, monkeypatch):
     from txl_kernels.triton_backend import ranges
     from txl_kernels.triton_backend.plans import PLANS
 
-    monkeypatch.setattr(PLANS, "most", 0)
+    monkeypatch.setattr(PLANS, "most_steps", 0)
     monkeypatch.setattr(ranges, "WORKSPACE", 1 << 18)
     monkeypatch.setattr(ranges, "QUERIES", 128)
     inputs = make_inputs(2, 4, 300, 250, D, dtype=torch.bfloat16, device="cuda")

@@ -29,7 +29,7 @@ def language_patched_once() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_plan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests change what plans are made from."""
-    monkeypatch.setattr(PLANS, "most", 0)
+    monkeypatch.setattr(PLANS, "most_steps", 0)
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])

@@ -1,5 +1,7 @@
 """Plans: what is worked out for one call serves those that are laid out alike, and no others."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from txl_kernels.triton_backend.plans import PLANS, Plans, Step
 @pytest.fixture
 def plans_are_kept(use_tiles, monkeypatch):
     use_tiles(16, 16)
-    monkeypatch.setattr(PLANS, "most", 64)
+    monkeypatch.setattr(PLANS, "most_steps", 1000)
     monkeypatch.setattr(PLANS, "_plans", {})
 
 
@@ -41,7 +43,7 @@ def test_plans_are_told_apart(plans_are_kept, monkeypatch):
 
     kept = dict(results()) | {f"{name}, again": x for name, x in results()}
     assert len(PLANS._plans) == 2 * (len(list(some_calls())) - 2)  # numbers and lengths, which plans do not depend on
-    monkeypatch.setattr(PLANS, "most", 0)
+    monkeypatch.setattr(PLANS, "most_steps", 0)
     monkeypatch.setattr(PLANS, "_plans", {})
     for name, wanted in results():
         for got in (kept[name], kept[f"{name}, again"]):
@@ -77,19 +79,16 @@ def test_a_plan_holds_no_tensor(plans_are_kept):
     assert tensors_in(PLANS) == []
 
 
-def test_the_oldest_plan_makes_room():
-    plans, made = Plans(most=2), []
+def test_the_oldest_plans_make_room():
+    plans, made = Plans(most_steps=5), []
 
-    def make(x):
-        made.append(x)
-        return object()
+    def make(name, n_steps):
+        made.append(name)
+        return SimpleNamespace(n_steps=n_steps)
 
-    first = plans.find(make, (1,), 1)
-    assert plans.find(make, (1,), 1) is first
-    plans.find(make, (2,), 2)
-    plans.find(make, (3,), 3)
-    assert plans.find(make, (1,), 1) is not first
-    assert made == [1, 2, 3, 1]
+    for name, n_steps in (("a", 2), ("b", 3), ("a", 2), ("c", 1), ("b", 3), ("a", 2), ("too large", 6), ("c", 1)):
+        assert plans.find(make, (name,), name, n_steps).n_steps == n_steps
+    assert made == ["a", "b", "c", "a", "too large", "c"]
 
 
 def test_a_step_launches_the_variant_that_it_got():

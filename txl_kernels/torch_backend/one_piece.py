@@ -204,8 +204,8 @@ def _scores_of_one(queries: Tensor, keys: Tensor) -> Tensor:
 def _values_of_one(weights: Tensor, values: Tensor) -> Tensor:
     """weights @ values in bfloat16, (b, h, m, D), for few rows m and many values of any layout.
 
-    PyTorch's batched product first copies values whose heads are side by side. Read in order, all heads are one product,
-    of which a diagonal of blocks is wanted: 1.4 times as fast out of the cache, 0.9 in it.
+    PyTorch's batched product first copies values whose heads stand side by side. Read in order, all heads are one
+    product, of which a diagonal of blocks is wanted: 1.4 times as fast out of the cache, 0.9 in it.
     """
     b, h, m, n = weights.shape
     if values.stride(1) != values.shape[3]:

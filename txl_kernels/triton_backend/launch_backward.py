@@ -76,6 +76,7 @@ class _Backward:
         self._gradients = self._mask = None
         if self._needed - {"attn_mask"}:
             self._gradients = _Gradients(call, inputs, stats, self._needed)
+        self.n_steps = 3 + (0 if self._gradients is None else self._gradients.n_steps)
         if "attn_mask" in self._needed:
             self._mask = _MaskGradient(call, inputs, stats)
 
@@ -119,6 +120,7 @@ class _Gradients:
             queries = self._query_pass(call, part, place | shared) if self._with_queries else None
             rows = self._row_pass(call, part, place | shared) if self._with_rows else None
             self._steps.append((keys, queries, rows))
+        self.n_steps = 3 * len(self._steps)
 
     def _results(self, call: Call, inputs: Inputs) -> tuple[dict[str, Tensor | None], set[str]]:
         """What the passes write, by the names of their arguments, on the meta device, and what begins as zeros."""

@@ -29,6 +29,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 class _Forward:
     """The plan of a forward pass."""
 
+    n_steps = 3
+
     def __init__(self, inputs: Inputs, options: Options) -> None:
         q = inputs.q
         out = torch.empty_like(q, device="meta")

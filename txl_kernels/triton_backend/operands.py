@@ -1,6 +1,6 @@
 """The tensors of one call as they come to the kernels: queries with their biases, rows where loads are fast."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,46 +52,45 @@ class Operands:
 
     def tensors(self, inputs: Inputs, dout: Tensor | None = None) -> dict[str, Tensor | None]:
         """All of them by the names of the kernels' arguments; None where absent."""
-        u, v = contiguous(inputs.content_bias), contiguous(inputs.position_bias)
+        biases = contiguous(inputs.content_bias), contiguous(inputs.position_bias)
         if self._queries is None:
-            return self._named(inputs, dout, u, v)
-        q_content, q_position = (None if x is None else self._queries.allocate(x.device) for x in (u, v))
-        queries = {"q_ptr": inputs.q, "q_content_ptr": q_content, "q_position_ptr": q_position}
-        self._add_biases(queries | {"content_bias_ptr": u, "position_bias_ptr": v})
-        return self._named(inputs, dout, u, v, q_content, q_position)
+            return self._named(inputs, dout, biases)
+        queries = [None if bias is None else self._queries.allocate(bias.device) for bias in biases]
+        names = "content_bias_ptr", "position_bias_ptr", "q_content_ptr", "q_position_ptr"
+        self._add_biases({"q_ptr": inputs.q, **dict(zip(names, (*biases, *queries), strict=True))})
+        return self._named(inputs, dout, biases, queries)
 
     def samples(self, inputs: Inputs, dout: Tensor | None = None) -> dict[str, Tensor | None]:
         """Tensors that are laid out like those, without a launch."""
-        u, v = inputs.content_bias, inputs.position_bias
+        biases = inputs.content_bias, inputs.position_bias
         if self._queries is None:
-            return self._named(inputs, dout, u, v)
-        return self._named(inputs, dout, u, v, *(None if x is None else self._queries.sample for x in (u, v)))
+            return self._named(inputs, dout, biases)
+        return self._named(inputs, dout, biases, [None if bias is None else self._queries.sample for bias in biases])
 
     def _named(
         self,
         inputs: Inputs,
         dout: Tensor | None,
-        u: Tensor | None,
-        v: Tensor | None,
-        q_content: Tensor | None = None,
-        q_position: Tensor | None = None,
+        biases: Sequence[Tensor | None],
+        queries: Sequence[Tensor | None] = (None, None),
     ) -> dict[str, Tensor | None]:
-        q, q_pos, mask = inputs.q, inputs.q_pos, inputs.attn_mask
-        if self._queries is not None and inputs.r is not None and q_pos is None:
+        """biases and queries (those with biases) are of content and of position."""
+        q, k, v, r = inputs[:4]
+        (q_content, q_position), q_pos, mask = queries, inputs.q_pos, inputs.attn_mask
+        if self._queries is not None and r is not None and q_pos is None:
             q_pos = q if q_position is None else q_position
         q = q if q_content is None else q_content
-        k, v_tiles, r = inputs.k, inputs.v, inputs.r
         if self.copied:
-            q, k, v_tiles, r, q_pos, dout = map(_in_aligned_rows, (q, k, v_tiles, r, q_pos, dout))
+            q, k, v, r, q_pos, dout = map(_in_aligned_rows, (q, k, v, r, q_pos, dout))
         return {
             "q_ptr": q,
             "k_ptr": k,
-            "v_ptr": v_tiles,
+            "v_ptr": v,
             "r_ptr": r,
             "q_pos_ptr": q_pos,
             "do_ptr": dout,
-            "content_bias_ptr": None if self._biased else u,
-            "position_bias_ptr": None if self._biased else v,
+            "content_bias_ptr": None if self._biased else biases[0],
+            "position_bias_ptr": None if self._biased else biases[1],
             "r_bias_ptr": contiguous(inputs.r_bias),
             "segment_ptr": contiguous(inputs.segment_scores),
             "q_ids_ptr": contiguous(inputs.segment_q_ids),

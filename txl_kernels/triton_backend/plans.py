@@ -6,14 +6,21 @@ every argument for the compiled variant as Triton does, would take the host long
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Plan = TypeVar("Plan")
+
+class Plan(Protocol):
+    """What `Plans` keeps."""
+
+    n_steps: int  # launches that it has prepared
+
+
+P = TypeVar("P", bound=Plan)
 
 
 def layout_of(tensors: Iterable[Tensor | None]) -> tuple:
@@ -22,27 +29,27 @@ def layout_of(tensors: Iterable[Tensor | None]) -> tuple:
 
 
 class Plans:
-    """The plans of the latest layouts, at most `most` of them."""
+    """The plans of the latest layouts, as many as have no more than `most_steps` together."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._plans: dict[tuple, object] = {}
+    def __init__(self, most_steps: int) -> None:
+        self.most_steps = most_steps
+        self._plans: dict[tuple, Plan] = {}
         self._lock = threading.Lock()
 
-    def find(self, make: Callable[..., Plan], key: tuple, *arguments: object) -> Plan:
+    def find(self, make: Callable[..., P], key: tuple, *arguments: object) -> P:
         """make(*arguments), or what it made when it was last asked for this key."""
         plan = self._plans.get((make, key))
         if plan is None:
             plan = make(*arguments)
             with self._lock:
-                while self._plans and len(self._plans) >= self.most:
+                self._plans[make, key] = plan
+                while sum(x.n_steps for x in self._plans.values()) > self.most_steps:
                     del self._plans[next(iter(self._plans))]
-                if self.most:
-                    self._plans[make, key] = plan
         return plan
 
 
-PLANS = Plans(most=1024)
+# A step takes about 2 kB; a backward over long sequences has three for each of its ranges.
+PLANS = Plans(most_steps=4096)
 
 
 class Step:
