@@ -1,13 +1,12 @@
 """Models of others before and after `txl_kernels.patch`: whole forward and training step, time and peak memory."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
 
 import txl_kernels
-from benchmarks.families import PACKAGES, cases
+from benchmarks.families import PACKAGES, cases, parameters
 from benchmarks.measure import CLOCK, Comparison, Stopwatch, peak_memory, rounds_within
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.now)
@@ -16,17 +15,12 @@ SECONDS = 4.0  # of timing for each benchmark, both sides together
 TOLERANCE = 2e-3  # of the largest state: float32 through every layer, with weights that prefer some keys
 
 
-def _cases():
-    for file, package in PACKAGES.items():
-        if importlib.util.find_spec(package) is None:
-            reason = f"{package} is not installed (tests/patching/requirements.txt)"
-            yield pytest.param(None, id=file, marks=pytest.mark.skip(reason=reason))
-        else:
-            yield from (pytest.param(case, id=f"{case.family}-{case.shape.split(':')[0]}") for case in cases(file))
+def _cases(file):
+    return {f"{case.family}-{case.shape.split(':')[0]}": case for case in cases(file)}
 
 
 @pytest.mark.parametrize("step", ["forward", "training step"])
-@pytest.mark.parametrize("case", _cases())
+@pytest.mark.parametrize("case", parameters(PACKAGES, _cases))
 def test_families(benchmark, settings, record, case, step):
     model, run = case.build(settings.smoke)
     own, patched = model.to(settings.device), copy.deepcopy(model).to(settings.device)

@@ -10,10 +10,8 @@ import torch
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
-
-KINDS = {"ESPnet": "latest", "ESPnet, legacy positions": "legacy"}
 
 
 def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
@@ -21,7 +19,7 @@ def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
     if smoke:
         T, sizes = 8, {"output_size": 16, "attention_heads": 2, "linear_units": 16, "num_blocks": 1}
     torch.manual_seed(0)
-    model = ConformerEncoder(80, **sizes, input_layer="linear", rel_pos_type=KINDS[kind], macaron_style=True)
+    model = ConformerEncoder(80, **sizes, input_layer="linear", rel_pos_type=kind, macaron_style=True)
     model = with_larger_weights(model).eval()
     features, lengths = torch.randn(B, T, 80), torch.full((B,), T)
     lengths[1:] = 3 * T // 4
@@ -33,8 +31,8 @@ def _build(kind: str, T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    Case(kind, shape_of(length, n, T=T, B=B), functools.partial(_build, kind, T, B, n))
-    for kind in KINDS
-    for length, T, B, n in AUDIO[:2]
+ENCODERS = [
+    Encoder("ESPnet", "RelPositionMultiHeadedAttention", functools.partial(_build, "latest")),
+    Encoder("ESPnet, legacy positions", "LegacyRelPositionMultiHeadedAttention", functools.partial(_build, "legacy")),
 ]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO[:2]]

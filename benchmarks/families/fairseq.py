@@ -1,12 +1,11 @@
 """fairseq's speech-to-text Conformer encoder with its subsampling, on a padded batch."""
 
 import argparse
-import functools
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
 from tests.patching.fairseq_package import S2TConformerEncoder
 
@@ -31,6 +30,5 @@ def _build(T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    Case("fairseq", shape_of(length, n, T=T, B=B), functools.partial(_build, T, B, n)) for length, T, B, n in AUDIO[:2]
-]
+ENCODERS = [Encoder("fairseq", "RelPositionMultiHeadedAttention", _build)]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO[:2]]

@@ -1,13 +1,11 @@
 """The decoder of FastSpeech2-Conformer of Hugging Face, at the sizes of its checkpoint, on a padded batch of frames."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from transformers import FastSpeech2ConformerConfig
 from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import FastSpeech2ConformerEncoder
 
-from benchmarks.families import Case, shape_of
+from benchmarks.families import Encoder
 from benchmarks.measure import with_larger_weights
 
 
@@ -32,11 +30,6 @@ def _build(T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [  # 86 frames a second
-    Case(
-        "FastSpeech2-Conformer",
-        shape_of(length, n, "2 heads x 192", T=T, B=B),
-        functools.partial(_build, T, B, n),
-    )
-    for length, T, B, n in (("4 s", 375, 4, 2), ("17 s", 1500, 2, 2))
-]
+ENCODERS = [Encoder("FastSpeech2-Conformer", "FastSpeech2ConformerAttention", _build, "2 heads x 192")]
+# 86 frames a second
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in (("4 s", 375, 4, 2), ("17 s", 1500, 2, 2))]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
 from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
 
 MELS = 32  # of 128, or the subsampling would be all there is to measure
@@ -44,13 +44,9 @@ def _build(make, T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    # 25 frames a second
-    Case(
-        family,
-        shape_of(length, n, T=2 * T, B=B),
-        functools.partial(_build, make, 2 * T, B, n),
-    )
-    for family, make in (("Gemma 3n audio", _gemma3n), ("Gemma 4 audio", _gemma4))
-    for length, T, B, n in AUDIO[:2]
+ENCODERS = [
+    Encoder("Gemma 3n audio", "Gemma3nAudioAttention", functools.partial(_build, _gemma3n)),
+    Encoder("Gemma 4 audio", "Gemma4AudioAttention", functools.partial(_build, _gemma4)),
 ]
+# 25 frames a second
+CASES = [encoder.case(length, 2 * T, B, n) for encoder in ENCODERS for length, T, B, n in AUDIO[:2]]

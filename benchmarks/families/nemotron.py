@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Case, Encoder, shape_of
 from benchmarks.measure import with_larger_weights
 
 LOOKAHEAD = 13  # frames: chunks of 14, five of which are seen beside a frame's own
@@ -51,14 +51,8 @@ def _build_stream(chunks: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    Case(
-        "Nemotron streaming",
-        shape_of(length, n, T=T, B=B),
-        functools.partial(_build, T, B, n),
-    )
-    for length, T, B, n in AUDIO[:2]  # its positions end at 5000
-]
+ENCODERS = [Encoder("Nemotron streaming", "NemotronAsrStreamingEncoderAttention", _build)]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO[:2]]  # its positions end at 5000
 CASES.append(
     Case(
         "Nemotron streaming",

@@ -1,12 +1,10 @@
 """The Parakeet encoder of Hugging Face with its subsampling, on a padded batch."""
 
-import functools
-
 import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
 
 
@@ -29,6 +27,5 @@ def build(T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    Case("Parakeet", shape_of(length, n, T=T, B=B), functools.partial(build, T, B, n)) for length, T, B, n in AUDIO
-]
+ENCODERS = [Encoder("Parakeet", "ParakeetEncoderAttention", build)]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO]

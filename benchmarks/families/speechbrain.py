@@ -1,11 +1,9 @@
 """SpeechBrain's Conformer encoder on a padded batch."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
 from tests.patching.speechbrain_package import ConformerEncoder, RelPosEncXL
 
@@ -28,7 +26,5 @@ def _build(T: int, B: int, layers: int, smoke: bool):
     return model, run
 
 
-CASES = [
-    Case("SpeechBrain", shape_of(length, n, T=T, B=B), functools.partial(_build, T, B, n))
-    for length, T, B, n in AUDIO[:2]
-]
+ENCODERS = [Encoder("SpeechBrain", "RelPosMHAXL", _build)]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO[:2]]

@@ -10,7 +10,7 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertEncoder
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
 
-from benchmarks.families import AUDIO, Case, shape_of
+from benchmarks.families import AUDIO, Encoder
 from benchmarks.measure import with_larger_weights
 
 
@@ -50,13 +50,11 @@ def _build(make: Callable[[int, int, int], nn.Module], T: int, B: int, layers: i
     return model, run
 
 
-_MODELS = {
-    "Wav2Vec2-Conformer": functools.partial(_wav2vec2, Wav2Vec2ConformerConfig, Wav2Vec2ConformerEncoder),
-    "Wav2Vec2-BERT": functools.partial(_wav2vec2, Wav2Vec2BertConfig, Wav2Vec2BertEncoder),
-    "SeamlessM4T": _seamless,
-}
-CASES = [
-    Case(family, shape_of(length, n, T=T, B=B), functools.partial(_build, make, T, B, n))
-    for family, make in _MODELS.items()
-    for length, T, B, n in AUDIO[:2]
+_CONFORMER = functools.partial(_wav2vec2, Wav2Vec2ConformerConfig, Wav2Vec2ConformerEncoder)
+_BERT = functools.partial(_wav2vec2, Wav2Vec2BertConfig, Wav2Vec2BertEncoder)
+ENCODERS = [
+    Encoder("Wav2Vec2-Conformer", "Wav2Vec2ConformerSelfAttention", functools.partial(_build, _CONFORMER)),
+    Encoder("Wav2Vec2-BERT", "Wav2Vec2BertSelfAttention", functools.partial(_build, _BERT)),
+    Encoder("SeamlessM4T", "SeamlessM4TConformerSelfAttention", functools.partial(_build, _seamless)),
 ]
+CASES = [encoder.case(*sizes) for encoder in ENCODERS for sizes in AUDIO[:2]]
