@@ -54,7 +54,7 @@ def benchmark_parts() -> Iterator[tuple[str, list[str]]]:
         yield f"benchmark-longest-{direction}", ["benchmarks/test_longest.py", "--benchmark-only", "-k", direction]
     for name in ("kept_projections", "evaluation_speed", "memory_helps", "training_speed", "language_model"):
         yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
-    for name in ("families", "longest_audio"):  # what is not installed is skipped
+    for name in ("families", "attention_modules", "longest_audio"):  # what is not installed is skipped
         yield f"benchmark-{name}", [f"benchmarks/test_{name}.py", "--benchmark-only"]
 
 

@@ -272,6 +272,19 @@ def test_report_tells_that_memory_helps():
     assert "| | 0 | 12 |\n|---|--:|--:|\n| trained with memory | 2.90 | 2.06 |\n| same_length |  | 1.50 |" in text
 
 
+def test_report_compares_models_and_their_attention():
+    step = {
+        "length": "T = 750", "dtype": "float32", "machine": MACHINE, "smoke": False,
+        "seconds": {"ours": 0.02, "own": 0.05}, "ratio": {"own": 2.4}, "peak_bytes": {"ours": 1 << 20, "own": 3 << 20},
+    }  # fmt: skip
+    model = step | {"family": "NeMo", "step": "training step"}
+    modules = [step | {"attention_of": "NeMo", "step": name} for name in ("training step", "forward")]
+    text = report.markdown([*modules, model])
+    assert "| NeMo | T = 750 |  |  |  |  |  | 50 | 20 | 2.40x | 3 | 1 |" in text
+    assert "| NeMo | T = 750 | 50 | 20 | 2.40x | 3 | 1 | 50 | 20 | 2.40x | 3 | 1 |" in text
+    assert text.index("| model | shape |") < text.index("| attention of | shape |")
+
+
 def test_text_comes_from_cpython_or_a_file(monkeypatch, tmp_path):
     monkeypatch.delenv(language_model.TEXT_VARIABLE, raising=False)
     name, text = language_model.load_text(100_000)
