@@ -1,6 +1,8 @@
 """What the torch backend computes and allocates: no gradient that is not wanted, no hidden tile, nothing of T x S."""
 
 import itertools
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -139,3 +141,23 @@ def test_short_sequences_of_a_future_that_wraps_take_no_more_than_a_tile():
     with LargestResult() as seen:
         forward(tensors, numbers)
     assert seen.largest <= 4 * tiles.TILE_SCORES * 1.02  # a query and a column more
+
+
+@pytest.mark.parametrize("features", [set(), {"bool mask", "softcap"}, {"wrapped future"}], ids=str)
+def test_one_group_and_two_tiles_hold_memory_at_a_time(features, monkeypatch):
+    """A group is gone before the next is made, in both passes; of tiles there is the next beside the last."""
+    monkeypatch.setattr(tiles, "TILE_SCORES", 1 << 12)
+    alive, most = {tiles.Group: weakref.WeakSet(), tiles.Tile: weakref.WeakSet()}, Counter()
+    for kind, objects in alive.items():
+
+        def made(self, *args, kind=kind, objects=objects, init=kind.__init__):
+            objects.add(self)
+            most[kind] = max(most[kind], len(objects))
+            most[kind, "made"] += 1
+            init(self, *args)
+
+        monkeypatch.setattr(kind, "__init__", made)
+    inputs, options = make_problem(frozenset(features), 2, 4, T=300, M=20, D=8)
+    run(inputs, *upstream(inputs), **options)
+    assert min(most[tiles.Group, "made"], most[tiles.Tile, "made"]) > 8
+    assert (most[tiles.Group], most[tiles.Tile]) == (1, 2)

@@ -38,6 +38,7 @@ def forward(inputs: Inputs, options: Options, kept: Kept | None = None) -> tuple
         for tile in group.tiles(kept):
             attend = _attend_fused if fits and tile.weights is None else _attend
             out[tile.where], lse[tile.where] = attend(tile) if tile.n else (0.0, -torch.inf)
+        del group, tile  # before the next one takes memory
     return out, lse
 
 

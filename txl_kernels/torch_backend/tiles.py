@@ -150,7 +150,9 @@ class Group:
             beyond = terms.beyond_lengths(inputs, batches, heads, slice(0, T), slice(0, S))[:, None, :, None]
             self.k, self.v = self.k.masked_fill(beyond, 0.0), self.v.masked_fill(beyond, 0.0)
         # Products want lanes at equal distances, those of bfloat16 dense rows: else one copy, not one for each tile.
-        if T >= MANY_ROWS or in_half:
+        if in_half:
+            self.k, self.v = self.k.contiguous(), self.v.contiguous()
+        elif T >= MANY_ROWS:
             self.k, self.v = (x.flatten(0, 1).view(x.shape) for x in (self.k, self.v))
         self.has_terms = terms.needed(inputs, options)
         self.may_be_dead = inputs.attn_mask is not None or (lengths is not None and (options.left >= 0 or not on_host))
