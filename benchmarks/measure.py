@@ -1,5 +1,6 @@
 """Measuring two callables against each other: time in alternation, peak memory, agreement."""
 
+import random
 import time
 from collections.abc import Callable
 from statistics import median
@@ -61,6 +62,8 @@ class Stopwatch:
 class Comparison:
     """Several ways to compute the same, timed in turn, so that whatever slows the machine down hits all.
 
+    Each round has an order of its own, so that no side always follows the one that leaves the caches emptiest.
+
     Args:
         sides: callables by name; "ours" is compared with the others.
         stopwatch: times one call.
@@ -68,11 +71,24 @@ class Comparison:
 
     def __init__(self, sides: dict[str, Thunk], stopwatch: Callable[[Thunk], float]) -> None:
         self._sides, self._stopwatch = sides, stopwatch
+        self._random, self._order = random.Random(0), []
         self.seconds: dict[str, list[float]] = {name: [] for name in sides}
 
     def run(self, benchmark, rounds: int, after_round: Thunk | None = None) -> None:
-        """Fills the pytest-benchmark fixture with the times of ours; the others run before each of its rounds."""
-        benchmark.pedantic(self._time_ours, setup=self._time_others, rounds=rounds, teardown=after_round)
+        """Fills the pytest-benchmark fixture with the times of ours; in a round the others run before or after it."""
+
+        def before() -> None:
+            self._order = self._random.sample(list(self._sides), len(self._sides))
+            while (name := self._order.pop()) != "ours":
+                self._time(name)
+
+        def after() -> None:
+            for name in self._order:
+                self._time(name)
+            if after_round is not None:
+                after_round()
+
+        benchmark.pedantic(self._time_ours, setup=before, rounds=rounds, teardown=after)
 
     def results(self) -> dict[str, dict[str, float]]:
         """By side: median seconds, and "ratio", how many times faster ours is (median of the paired ratios)."""
@@ -85,13 +101,6 @@ class Comparison:
                 if name != "ours"
             },
         }
-
-    def _time_others(self) -> None:
-        # To and fro: no side always follows the one that leaves the caches emptiest.
-        order = list(self._sides)[:: -1 if len(self.seconds["ours"]) % 2 else 1]
-        for name in order:
-            if name != "ours":
-                self._time(name)
 
     def _time_ours(self) -> None:
         CLOCK.advance(self._time("ours"))

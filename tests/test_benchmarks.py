@@ -1,6 +1,8 @@
 """The benchmarks' machinery: what they count, compare, refuse and print."""
 
+import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -96,12 +98,27 @@ def test_sides_alternate_and_the_ratio_is_the_median_of_pairs():
     comparison = Comparison({"ours": lambda: "ours", "a": lambda: "a", "b": lambda: "b"}, stopwatch)
     before = CLOCK.now()
     comparison.run(FakeBenchmark(), rounds=3, after_round=lambda: calls.append("|"))
-    assert "".join(calls) == "abours|baours|abours|"
+    assert [sorted(round.split()) for round in " ".join(calls).split("|")] == [["a", "b", "ours"]] * 3 + [[]]
     assert CLOCK.now() - before == 8.0  # what pytest-benchmark sees: ours
     assert comparison.results() == {
         "seconds": {"ours": 2.0, "a": 5.0, "b": 1.0},
         "ratio": {"a": 3.0, "b": 0.5},  # of 4, 3, 1; the ratio of the medians would be 2.5
     }
+
+
+def test_every_side_follows_every_other_as_often():
+    calls = []
+
+    def stopwatch(function):
+        calls.append(function())
+        return 1.0
+
+    rounds = 3000
+    Comparison({name: lambda name=name: name for name in ("ours", "a", "b")}, stopwatch).run(FakeBenchmark(), rounds)
+    followed = Counter(itertools.pairwise(calls))
+    assert len(followed) == 9
+    for (first, second), count in followed.items():  # itself where a round ends and the next begins
+        assert count == pytest.approx(rounds / 9 if first == second else 4 * rounds / 9, rel=0.2)
 
 
 def test_rounds_fit_the_time():
