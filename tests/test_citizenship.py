@@ -4,7 +4,9 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from tests.accuracy import outputs_and_gradients
@@ -220,6 +222,40 @@ def test_autocast_leaves_float64_alone():
     inputs, options = problem("everything added", dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert rel_attention(**arguments(inputs, options)).dtype == torch.float64
+
+
+# --- the other ways of tracing: each records the one operator, and what it records has gradients
+
+
+def traced_by_jit(inputs, file):
+    torch.jit.save(torch.jit.trace(lambda *x: rel_attention(*x), tuple(inputs)), file)
+    return torch.jit.load(file), torch.jit.load(file).inlined_graph
+
+
+def traced_before_dispatch(inputs, _):
+    graph = make_fx(lambda *x: rel_attention(*x), pre_dispatch=True)(*inputs)
+    return graph, graph.code
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("trace", [traced_by_jit, traced_before_dispatch])
+def test_traces_record_the_operator(trace, tmp_path):
+    inputs = [x.requires_grad_() for x in problem("plain")[0].values()]
+    graph, code = trace(inputs, str(tmp_path / "trace.pt"))
+    assert str(code).count("txl_kernels") == 1
+    for got, wanted in zip(
+        *(torch.autograd.grad(f(*inputs).sum(), inputs) for f in (graph, rel_attention)), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_compiled_autograd_has_the_backward_as_one_node():
+    inputs = [x.requires_grad_() for x in problem("plain")[0].values()]
+    wanted = torch.autograd.grad(rel_attention(*inputs).sum(), inputs)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        rel_attention(*inputs).sum().backward()
+    for x, grad in zip(inputs, wanted, strict=True):
+        assert torch.equal(x.grad, grad)
 
 
 # --- autograd, functorch and modes

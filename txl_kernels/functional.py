@@ -138,7 +138,7 @@ def rel_attention(
         position_bias, wrap_future = None, False
     # Drawn on the device and never read on the host, which would keep a GPU waiting and break graph capture.
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    out, lse = op.attend(
+    out, lse = op.rel_attention(
         *(q, k, v, r, content_bias, position_bias, q_pos, r_bias, attn_mask),
         *((None, None, None) if segment is None else segment),
         key_lengths,

@@ -158,7 +158,7 @@ class _RelAttention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs_grad = list(ctx.needs_input_grad[:_N_DIFFERENTIABLE])
-        grads = iter(_backward_autograd(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
+        grads = iter(rel_attention_backward(dout, dlse, *tensors, out, lse, *ctx.options, needs_grad, weights))
         return *(next(grads) if needed else None for needed in needs_grad), *_NO_GRADIENT
 
 
@@ -209,14 +209,6 @@ torch.library.register_fake("txl_kernels::rel_attention_with_weights", _forward_
 torch.library.register_fake("txl_kernels::rel_attention_backward", _backward_fake, lib=_library)
 _library.impl("rel_attention", _forward_autograd, "Autograd")
 _library.impl("rel_attention_backward", _backward_autograd, "Autograd")
-
-
-def attend(*args):
-    """rel_attention(*args); what is neither traced nor transformed starts at its Autograd kernel, 4 us earlier."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return rel_attention(*args)
-    return _forward_autograd(*args)
-
 
 rel_attention = torch.ops.txl_kernels.rel_attention.default
 rel_attention_with_weights = torch.ops.txl_kernels.rel_attention_with_weights.default
