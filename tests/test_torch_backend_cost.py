@@ -161,3 +161,22 @@ def test_one_group_and_two_tiles_hold_memory_at_a_time(features, monkeypatch):
     run(inputs, *upstream(inputs), **options)
     assert min(most[tiles.Group, "made"], most[tiles.Tile, "made"]) > 8
     assert (most[tiles.Group], most[tiles.Tile]) == (1, 2)
+
+
+def test_gradients_of_the_scores_of_one_tile_at_a_time(monkeypatch):
+    """Those of the last tile are gone when those of the next are made."""
+    monkeypatch.setattr(tiles, "TILE_SCORES", 1 << 14)
+    B, H, T, M, D = 1, 2, 300, 20, 8
+    made, product = [], torch.bmm
+
+    def bmm(a, b, **out):
+        result = product(a, b, **out)
+        if not out and result.shape[2] > D:
+            assert all(x() is None for x in made)
+            made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    inputs = make_inputs(B, H, T, M, D)
+    run(inputs, *upstream(inputs))
+    assert len(made) > 8

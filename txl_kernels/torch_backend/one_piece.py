@@ -194,11 +194,7 @@ def _scores_of_one(queries: Tensor, keys: Tensor) -> Tensor:
         return torch.matmul(keys, queries.mT).mT
     blocks = queries.new_zeros((b, h, m, h, D))
     blocks.diagonal(0, 1, 3).copy_(queries.movedim(1, -1))
-    blocks, rows = blocks.view(b, h * m, h * D), keys.transpose(1, 2).flatten(2)
-    scores = queries.new_empty((b, h, m, keys.shape[2]))
-    for i in range(b):
-        torch.mm(blocks[i], rows[i].mT, out=scores[i].view(h * m, -1))
-    return scores
+    return _products(blocks.view(b, h * m, h * D), keys.transpose(1, 2).flatten(2).mT).view(b, h, m, -1)
 
 
 def _values_of_one(weights: Tensor, values: Tensor) -> Tensor:
@@ -210,6 +206,13 @@ def _values_of_one(weights: Tensor, values: Tensor) -> Tensor:
     b, h, m, n = weights.shape
     if values.stride(1) != values.shape[3]:
         return torch.matmul(weights, values)
-    weights, rows = weights.reshape(b, h * m, n), values.transpose(1, 2).flatten(2)
-    products = torch.stack([torch.mm(weights[i], rows[i]) for i in range(b)])
+    products = _products(weights.reshape(b, h * m, n), values.transpose(1, 2).flatten(2))
     return products.view(b, h, m, h, -1).diagonal(0, 1, 3).movedim(-1, 1)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, one after the other."""
+    products = a.new_empty((*a.shape[:2], b.shape[2]))
+    for x, y, product in zip(a, b, products, strict=True):
+        torch.mm(x, y, out=product)
+    return products

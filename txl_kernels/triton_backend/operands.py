@@ -63,6 +63,11 @@ class Operands:
     def samples(self, inputs: Inputs, dout: Tensor | None = None) -> dict[str, Tensor | None]:
         """Tensors that are laid out like those, without a launch."""
         biases = inputs.content_bias, inputs.position_bias
+        if self.copied:
+            inputs = inputs._replace(
+                **{name: _row_sample(getattr(inputs, name)) for name in ("q", "k", "v", "r", "q_pos")}
+            )
+            dout = _row_sample(dout)
         if self._queries is None:
             return self._named(inputs, dout, biases)
         return self._named(inputs, dout, biases, [None if bias is None else self._queries.sample for bias in biases])
@@ -121,6 +126,11 @@ def _aligned_rows(x: Tensor, device: torch.device | str) -> Tensor:
     """A new tensor for x whose rows start on 16 bytes; what lies between them is never read."""
     width, step = x.shape[-1], 16 // x.element_size()
     return x.new_empty(*x.shape[:-1], step * cdiv(width, step), device=device)[..., :width]
+
+
+def _row_sample(x: Tensor | None) -> Tensor | None:
+    """x, or a tensor laid out like its copy in aligned rows."""
+    return x if x is None or _is_aligned(x) else _aligned_rows(x, device="meta")
 
 
 def _in_aligned_rows(x: Tensor | None) -> Tensor | None:
