@@ -10,13 +10,13 @@ PYTEST := $(RUN) -m pytest
 test: test-cpu $(if $(filter Linux,$(shell uname)),test-interpreter test-compile)
 
 test-cpu: $(VENV)/ready
-	$(PYTEST) tests --ignore=tests/interpreter --ignore=tests/compile -m "not long and not gpu"
+	$(PYTEST) tests --ignore=tests/interpreter --ignore=tests/compile --ignore=tests/emulator -m "not long and not gpu"
 
 test-interpreter: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not long"
 
 test-compile: $(VENV)/ready
-	$(PYTEST) tests/compile -m "not long"
+	$(PYTEST) tests/compile tests/emulator -m "not long"
 
 # Hugging Face's Transformer-XL last ran in transformers 4.37.2, which wants an environment of its own.
 test-transfo-xl: $(VENV)-transfo-xl/ready

@@ -34,7 +34,7 @@ from tests.compile.recorded import launches
 from txl_kernels import triton_backend
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
 from txl_kernels.triton_backend import call
-from txl_kernels.triton_backend.launch_table import Launch, generation_of, launch_for
+from txl_kernels.triton_backend.launch_table import Launch, generation_of, is_fenced, launch_for
 from txl_kernels.triton_backend.plans import PLANS
 
 KERNELS = {
@@ -67,7 +67,8 @@ def candidates(name: str, D: int, generation: str, stages: tuple[int, ...]) -> I
     descriptors = (False, True) if generation in ("sm_90", "sm_100") else (False,)
     for row in itertools.starmap(Launch, itertools.product(sizes, sizes, (4, 8), stages, (1, 2), descriptors)):
         # More than 32 float32 scores a thread spill in every kernel; fewer than 4 leave warps without work.
-        if 4 <= row.block_m * row.block_n / (32 * row.num_warps) <= 32 and row != current:
+        sized = 4 <= row.block_m * row.block_n / (32 * row.num_warps) <= 32
+        if sized and row != current and is_fenced(row, name, generation, 2):
             yield row
 
 

@@ -13,9 +13,10 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of interpreter/, compile/ and gpu/, and skips what this process or machine cannot run."""
+    """Marks the tests of interpreter/, compile/, emulator/ and gpu/, and skips what can't run here."""
     for item in items:
         kind = item.path.relative_to(_TESTS).parts[0]
+        kind = "compile" if kind == "emulator" else kind
         if kind in ("interpreter", "compile", "gpu"):
             item.add_marker(kind)
         if kind == "interpreter" and not _INTERPRETED:

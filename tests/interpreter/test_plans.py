@@ -89,6 +89,8 @@ def test_the_oldest_plans_make_room():
     for name, n_steps in (("a", 2), ("b", 3), ("a", 2), ("c", 1), ("b", 3), ("a", 2), ("too large", 6), ("c", 1)):
         assert plans.find(make, (name,), name, n_steps).n_steps == n_steps
     assert made == ["a", "b", "c", "a", "too large", "c"]
+    plans.most_steps = 0  # what patches constants gets no plan from before
+    assert plans.find(make, ("c",), "anew", 7).n_steps == 7
 
 
 def test_a_step_launches_the_variant_that_it_got():

@@ -160,7 +160,8 @@ def backward_dmask_kernel(
             end_step = tl.cdiv(
                 tl.maximum(0, tl.minimum(tl.minimum(keys, j_last), i0 + BLOCK_M - 1 + reach) - j_first), BLOCK_N
             )
-            for step in tl.range(begin_step, end_step, loop_unroll_factor=UNROLL):
+            # Unrolled, a loop counts its passes wrong where its end lies before its start.
+            for step in tl.range(begin_step, tl.maximum(begin_step, end_step), loop_unroll_factor=UNROLL):
                 j0 = j_first + step * BLOCK_N
                 offs_n = j0 + offs_x
                 # (M, D) x (D, N) -> (M, N): content, position, dP

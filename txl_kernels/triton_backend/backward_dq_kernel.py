@@ -43,15 +43,16 @@ def _content_tile(
     if MASKED:
         ds = tl.where(visible_mask(offs_m, offs_n, bounds), ds, 0.0)
     k = load_rows(k_matrix, j_first + j0, BLOCK_N, D, BLOCK_D, EDGE=MASKED)
+    if terms[0][0] is not None:
+        same = same_segment(terms, offs_m, offs_n)
+        of_same, of_others = tl.where(same, ds, 0.0), tl.where(same, 0.0, ds)
+        sums = grads[1] + tl.sum(of_same.to(tl.float32), 1), grads[2] + tl.sum(of_others.to(tl.float32), 1)
+        # Multiplied from registers: a tile that is both read and multiplied where it lies has a buffer too few, and the
+        # copy engine overwrites it under the product (Triton 3.6 and 3.7, tests/emulator).
+        ds = of_same + of_others
     # (M, N) x (N, D) -> (M, D)
     dq = tl.dot(ds, k, grads[0], input_precision=PRECISION)
-    if terms[0][0] is None:
-        grads = (dq,)
-    else:
-        same = same_segment(terms, offs_m, offs_n)
-        ds = ds.to(tl.float32)
-        grads = dq, grads[1] + tl.sum(tl.where(same, ds, 0.0), 1), grads[2] + tl.sum(tl.where(same, 0.0, ds), 1)
-    return grads
+    return (dq,) if terms[0][0] is None else (dq, sums[0], sums[1])
 
 
 @triton.jit

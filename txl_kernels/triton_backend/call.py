@@ -99,7 +99,7 @@ class Call:
 
     def row(self, kernel: str) -> Launch:
         width = max(padded(self.D), padded(self.DR))
-        row = launch_for(kernel, self.generation, width, self.itemsize)
+        row = launch_for(kernel, self.generation, width, self.itemsize, self._describable)
         return row._replace(descriptors=True) if self.operands.copied else row
 
     def described(self, kernel: str, **others: object) -> dict:

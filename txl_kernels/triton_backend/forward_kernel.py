@@ -206,6 +206,8 @@ def forward_kernel(
         start, lower = tl.maximum(start, first), tl.maximum(lower, first)
         upper, end = tl.minimum(upper, first + range_keys), tl.minimum(end, first + range_keys)
         out_lane += tl.program_id(1) * (tl.num_programs(0) // n_tiles).to(tl.int64)
+    # A loop that is unrolled counts its passes wrong where its end lies before its start.
+    upper = tl.maximum(lower, upper)
 
     DESCRIPTORS: tl.constexpr = isinstance(k_ptr, tl.tensor_descriptor)
     c = rel_offset - i0
@@ -227,7 +229,7 @@ def forward_kernel(
             acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0, c + j0,
             bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=False,
         )  # fmt: skip
-    for j0 in tl.range(tl.maximum(lower, upper), end, BLOCK_N, disable_licm=DESCRIPTORS):
+    for j0 in tl.range(upper, end, BLOCK_N, disable_licm=DESCRIPTORS):
         acc, l_i, m_i, pending = _forward_tile(
             acc, l_i, m_i, pending, q, q_position, k_matrix, v_matrix, table, terms, offs_m, j0, c + j0,
             bounds, scale, D, BLOCK_D, DR, BLOCK_DR, BLOCK_M, BLOCK_N, PRECISION, MASKED=True,

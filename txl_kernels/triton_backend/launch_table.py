@@ -97,17 +97,27 @@ _FLOAT = {
 
 
 # Before 3.7 Triton fences tiles that come by pointers off from Hopper's asynchronous products in front of the loop that
-# loads them, not in it. What the copy engine loads has barriers.
+# loads them, not in it (tests/emulator shows it). What the copy engine loads has barriers.
 _FENCES_IN_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
-def launch_for(kernel: str, generation: str, block_d: int, itemsize: int) -> Launch:
-    """The row for a pass (forward, few, dq, dkv, dr, dmask), generation, padded head size and element size."""
+def is_fenced(row: Launch, kernel: str, generation: str, itemsize: int) -> bool:
+    """Whether products of a pass with this row see all of the tiles that they multiply."""
+    asynchronous = generation == "sm_90" and itemsize == 2 and kernel != "few"
+    return _FENCES_IN_LOOPS or not asynchronous or row.descriptors or row.num_stages == 1
+
+
+def launch_for(kernel: str, generation: str, block_d: int, itemsize: int, describable: bool = True) -> Launch:
+    """The row for a pass (forward, few, dq, dkv, dr, dmask), generation, padded head size and element size.
+
+    describable: whether the copy engine can load the tiles.
+    """
     kernel = "dkv" if kernel == "dmask" else kernel  # the same products, less what they feed
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
     row = rows[max(64, block_d)]
-    unfenced = generation == "sm_90" and itemsize == 2 and row.num_stages > 1 and not _FENCES_IN_LOOPS
-    return row._replace(descriptors=True) if unfenced and kernel != "few" else row
+    if is_fenced(row._replace(descriptors=row.descriptors and describable), kernel, generation, itemsize):
+        return row
+    return row._replace(descriptors=True) if describable else row._replace(num_stages=1)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def layout_of(tensors: Iterable[Tensor | None]) -> tuple:
 
 
 class Plans:
-    """The plans of the latest layouts, as many as have no more than `most_steps` together."""
+    """The plans of the latest layouts, as many as have no more than `most_steps` together. With 0 none is found."""
 
     def __init__(self, most_steps: int) -> None:
         self.most_steps = most_steps
@@ -38,7 +38,7 @@ class Plans:
 
     def find(self, make: Callable[..., P], key: tuple, *arguments: object) -> P:
         """make(*arguments), or what it made when it was last asked for this key."""
-        plan = self._plans.get((make, key))
+        plan = self._plans.get((make, key)) if self.most_steps else None
         if plan is None:
             plan = make(*arguments)
             with self._lock:

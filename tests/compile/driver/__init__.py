@@ -6,9 +6,10 @@ tensor descriptors; libcuda.c checks the limits of the driver.
 
 import contextlib
 import ctypes
+import gc
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
+from triton.runtime import JITFunction
 
 from txl_kernels import functional
 from txl_kernels.triton_backend import call
@@ -30,25 +32,28 @@ elif shutil.which("cc") is None:
 
 
 class _Driver(nvidia.CudaDriver):
-    """A Hopper GPU whose memory is the host's."""
+    """A GPU whose memory is the host's."""
 
-    def __init__(self, launches: list[tuple]) -> None:
+    def __init__(self, launches: list[tuple], generation: str, after: Callable[..., None]) -> None:
         class Launcher(nvidia.CudaLauncher):
             def __call__(self, *args):
                 launches.append(args)
                 super().__call__(*args)
+                after(*args)
 
         self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher
-        self.get_device_capability = lambda device=0: (9, 0)
+        self.get_device_capability = lambda device=0: divmod(int(generation.removeprefix("sm_")), 10)
         self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: 0
 
 
 @contextlib.contextmanager
-def driver_that_launches_nothing(folder: Path) -> Iterator[list[tuple]]:
+def driver_that_launches_nothing(
+    folder: Path, generation: str = "sm_90", after: Callable[..., None] = lambda *_: None
+) -> Iterator[list[tuple]]:
     """Builds it in a folder, with Triton's part beside it. Until the end Triton takes CPU tensors to it.
 
-    Yields the launches, to which each adds what Triton's launcher is called with.
+    Yields the launches, to which each adds what Triton's launcher is called with; then `after` is called with the same.
     """
     include, library = Path(nvidia.__file__).parent / "include", folder / "libcuda.so.1"
     options = ["-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", f"-I{include}"]
@@ -57,13 +62,22 @@ def driver_that_launches_nothing(folder: Path) -> Iterator[list[tuple]]:
     launches: list[tuple] = []
     with knobs.nvidia.scope(), knobs.cache.scope():
         knobs.nvidia.libcuda_path, knobs.cache.dir = str(folder), str(folder / "cache")
-        active = _Driver(launches)
+        active = _Driver(launches, generation, after)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (triton.runtime.driver, "_active", active),
-            (call, "generation_of", lambda device: "sm_90"),
+            (call, "generation_of", lambda device: generation),
             (functional, "check_backend", lambda *_: None),
             (PLANS, "_plans", {}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        _forget_compiled()
         yield launches
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Variants loaded by one driver are not launched by the next, which may be of another generation."""
+    for x in gc.get_objects():
+        if type(x) is JITFunction:
+            x.device_caches.clear()

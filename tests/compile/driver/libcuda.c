@@ -1,9 +1,13 @@
-// A CUDA driver that launches nothing: what Triton asks of one, with the limits of a Hopper GPU checked.
+// A CUDA driver that launches nothing: what Triton asks of one, with the limits of a Hopper GPU checked. Whoever sets
+// `on_launch` learns of each launch, and what a tensor map says can be read from it.
 //
 // Sources of the limits: CUDA driver API, cuTensorMapEncodeTiled and cuLaunchKernelEx.
 
 #include "cuda.h"
+#include <stdint.h>
 #include <string.h>
+
+void (*on_launch)(CUfunction function, void **parameters) = 0;
 
 static const char *broken = "a limit of the driver is broken";
 
@@ -56,14 +60,24 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
       demand(config->gridDimZ == 1, "gridDimZ: 1") || demand(config->blockDimX <= 1024, "blockDimX: at most 1024") ||
       demand(config->sharedMemBytes <= 227 << 10, "sharedMemBytes: at most 227 KiB"))
     return CUDA_ERROR_INVALID_VALUE;
+  if (on_launch)
+    on_launch(function, parameters);
   return CUDA_SUCCESS;
 }
+
+// What stands in a tensor map here; a real one is opaque. tests/emulator/matrices.py reads it.
+struct plain_map {
+  uint32_t magic, rank, item_size, swizzle_width;
+  uint64_t address, sizes[5], strides[4];
+  uint16_t box[5];
+};
+_Static_assert(sizeof(struct plain_map) <= sizeof(CUtensorMap), "a plain map fits into a tensor map");
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  unsigned width = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2);
+  unsigned item_size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2, width = box[0] * item_size;
   unsigned widest = swizzle == CU_TENSOR_MAP_SWIZZLE_32B    ? 32
                     : swizzle == CU_TENSOR_MAP_SWIZZLE_64B  ? 64
                     : swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128
@@ -78,5 +92,14 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     if (i + 1 < rank)
       result |= demand(strides[i] % 16 == 0 && strides[i] < 1ull << 40, "globalStrides: multiples of 16 below 2^40");
   }
-  return result;
+  if (result != CUDA_SUCCESS)
+    return result;
+  struct plain_map plain = {0x74786c21, rank, item_size, swizzle ? widest : 16, (uint64_t)address};
+  for (cuuint32_t i = 0; i < rank; i++) {
+    plain.sizes[i] = dims[i], plain.box[i] = box[i];
+    if (i + 1 < rank)
+      plain.strides[i] = strides[i];
+  }
+  memcpy(map, &plain, sizeof plain);
+  return CUDA_SUCCESS;
 }
