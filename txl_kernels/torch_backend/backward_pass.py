@@ -43,8 +43,8 @@ def backward(
     if (piece := one_piece.one_piece(inputs, options, for_backward=True)) is not None:
         grads = one_piece.backward(piece, dout, dlse, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
-    if cut_into := blocks.parts(inputs, options):
-        grads = blocks.backward(backward, cut_into, dout, dlse, inputs, lse, options, wanted, kept)
+    if blocks.fits(inputs, options):
+        grads = blocks.backward(dout, dlse, inputs, options, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale
     # q, q_pos, k and v are done with one group, queries but for the next tile's first (`wrap_future`) with one tile;

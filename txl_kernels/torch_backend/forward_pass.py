@@ -26,8 +26,8 @@ def forward(inputs: Inputs, options: Options, kept: Kept | None = None) -> tuple
     (B, H, T, _), Hk = q.shape, inputs.k.shape[1]
     if (piece := one_piece.one_piece(inputs, options, for_backward=kept is not None)) is not None:
         return one_piece.forward(piece, q, kept)
-    if cut_into := blocks.parts(inputs, options):
-        return blocks.forward(forward, cut_into, inputs, options, kept)
+    if blocks.fits(inputs, options):
+        return blocks.forward(inputs, options, kept)
 
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=sum_dtype(q.dtype))
     may_be_dead = inputs.key_lengths is not None and options.left >= 0

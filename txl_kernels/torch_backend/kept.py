@@ -21,12 +21,19 @@ class Kept:
     def __init__(self, buffer: Tensor) -> None:
         self._free = buffer
 
-    def take(self, shape: tuple[int, ...], with_tanh: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        """The next place for weights, and with_tanh one for the tanh of the softcap; None where too little is left."""
-        n, size = 1 + with_tanh, math.prod(shape)
-        if self._free.numel() < n * size:
+    def take(
+        self, shape: tuple[int, ...], with_tanh: bool = False, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The next place for weights, and with_tanh one for the tanh of the softcap; None where too little is left.
+
+        In the dtype of the buffer, or one of twice its size.
+        """
+        dtype = dtype or self._free.dtype
+        n = 1 + with_tanh
+        size = n * math.prod(shape) * dtype.itemsize // self._free.itemsize
+        if self._free.numel() < size:
             return None, None
-        places, self._free = self._free[: n * size].view(n, *shape), self._free[n * size :]
+        places, self._free = self._free[:size].view(dtype).view(n, *shape), self._free[size:]
         return places[0], places[1] if with_tanh else None
 
 

@@ -37,13 +37,13 @@ class Band:
     @staticmethod
     def size(b: int, h: int, t: int, n: int, S: int) -> int:
         """How many raw elements a tile has."""
-        return b * h * t * _aligned(n + t - 1)
+        return b * h * t * aligned(n + t - 1)
 
     def __init__(self, group: "Group", rows: slice, keys: slice) -> None:
         (left, right), (h, _, b, _) = group.options[:2], group.q_content.shape
         t, n = rows.stop - rows.start, keys.stop - keys.start
         self._shape, self._bias = (b, h, t, n), None
-        pitch = _aligned(n + t - 1)
+        pitch = aligned(n + t - 1)
         raw = group.raw[: h * t * b * pitch].view(h, t * b, pitch)
 
         # Raw column x holds distance `farthest - x`; from `end` on and before `start` all are hidden.
@@ -149,5 +149,6 @@ class Wrapped:
         return x.view(h, b, self._n_queries, -1).transpose(0, 1)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """How many columns a product of `size` columns gets."""
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
