@@ -10,7 +10,7 @@ from tests.torch_backend_tools import assert_right, backend_call, run, upstream
 from txl_kernels.torch_backend import blocks, kept_in, room, tiles
 
 # left, right
-WINDOWS = [(12, 0), (0, 0), (0, 9), (5, 7), (1, 0), (16, 16), (32, 0)]
+WINDOWS = [(12, 0), (0, 0), (0, 9), (5, 7), (1, 0), (16, 16), (47, 0), (31, 32)]
 
 
 @pytest.fixture(autouse=True)

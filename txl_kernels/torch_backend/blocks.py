@@ -24,7 +24,7 @@ from txl_kernels.torch_backend.tiles import cast, ceil_div, softmax, spans, sum_
 
 # Measured: the widest window, left + right, for which blocks are faster from few queries on, the queries in a block,
 # and the scores by key of a part, which is more: 16 x 32 of them come with 5,000 numbers of q, k and v at head size 64.
-WIDEST = 32
+WIDEST = 63
 ROWS = 16
 PART_SCORES = 1 << 17
 
