@@ -42,7 +42,8 @@ def room(inputs: Inputs, options: Options) -> Tensor:
     q, dtype = inputs.q, tiles.product_dtype(inputs, options)
     (B, H, T, _), reach, most = q.shape, inputs.k.shape[2], MOST_BYTES // dtype.itemsize
     if min(options.left, options.right) >= 0:
-        reach = torch.sym_min(reach, options.left + options.right + tiles.MAX_ROWS)
+        window = options.left + options.right
+        reach = torch.sym_min(reach, window + tiles.most_rows(window))
     places = 1 + (options.softcap is not None)
     return q.new_empty(torch.sym_min(places * B * H * T * reach, most) if T > 1 else 0, dtype=dtype)
 

@@ -59,16 +59,21 @@ def plan(
         window: left + right, or None where one of them is unlimited.
         in_half: whether scores are bfloat16.
     """
-    most_rows, most_scores, widest = MAX_ROWS << in_half, TILE_SCORES << in_half, S
+    highest, most_scores, widest = MAX_ROWS << in_half, TILE_SCORES << in_half, S
     if window is not None:
-        most_rows = min(most_rows, max(MANY_ROWS, 4 * window))  # what is multiplied and hidden beside the window
-        widest = min(S, window + most_rows)
-    most_rows = max(1, min(most_rows, most_scores // max(widest * heads_per_key, 1)))
-    rows = ceil_div(T, max(1, ceil_div(T, most_rows)))  # tiles of equal height
+        highest = most_rows(window, in_half)
+        widest = min(S, window + highest)
+    highest = max(1, min(highest, most_scores // max(widest * heads_per_key, 1)))
+    rows = ceil_div(T, max(1, ceil_div(T, highest)))  # tiles of equal height
     keys = S if window is None else min(S, window + rows)
     lanes = max(1, most_scores // max(rows * keys * heads_per_key, 1))
     batches = max(1, min(B, lanes))
     return Plan(batches, heads_per_key * max(1, min(H // heads_per_key, lanes // batches)), rows, keys)
+
+
+def most_rows(window: int, in_half: bool = False) -> int:
+    """The most rows of a tile, whose height is multiplied and hidden beside the window; in_half as for plan."""
+    return torch.sym_min(MAX_ROWS << in_half, torch.sym_max(MANY_ROWS, 4 * window))
 
 
 def groups(inputs: Inputs, options: Options) -> Iterator["Group"]:
