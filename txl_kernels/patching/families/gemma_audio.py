@@ -78,22 +78,22 @@ def _attend(
     if padding.key_lengths is None and padding.attn_mask is None:
         return out.transpose(1, 2)
     seeing = padding.shortest + window[0] if padding.shortest else 0  # so many queries see a key
-    return _with_means(layer, out.transpose(1, 2), v, lse.isneginf()[..., None].transpose(1, 2), seeing)
+    if seeing >= v.shape[1]:
+        return out.transpose(1, 2)
+    return out.transpose(1, 2) + _means(layer, v, lse.isneginf()[..., None].transpose(1, 2), seeing)
 
 
-def _with_means(layer: nn.Module, out: Tensor, v: Tensor, dead: Tensor, seeing: int) -> Tensor:
-    """out (B, T, H, D) with, for dead queries, the mean of v (B, T, H, D) in the context of their block.
+def _means(layer: nn.Module, v: Tensor, dead: Tensor, seeing: int) -> Tensor:
+    """For dead queries, whose output is 0, the mean of v in the context of their block, else 0: (B, T, H, D), as v.
 
     The first `seeing` queries are not dead.
     """
     T, chunk = v.shape[1], layer.chunk_size
-    if seeing >= T:
-        return out
     first = seeing // chunk * chunk
     before = min(-(-layer.max_past_horizon // chunk) * chunk, first)
     context = layer._extract_block_context(v[:, first - before :]).mean(2)[:, before // chunk :]  # (B, blocks, H, D)
     context = context.repeat_interleave(chunk, 1)[:, : T - first]
-    return torch.cat([out[:, :first], torch.where(dead[:, first:], context, out[:, first:])], 1)
+    return nn.functional.pad(context.masked_fill(~dead[:, first:], 0.0), (0, 0, 0, 0, first, 0))
 
 
 @gemma4.merge_with_config_defaults
