@@ -41,7 +41,7 @@ KERNELS = {
     "row bias dropped": ("primitives.py", "bias = load_row_bias", "bias = 0 * load_row_bias"),
     "dkv: row bias dropped": ("primitives.py", "bias[:, None] if TRANSPOSED", "0 * bias[:, None] if TRANSPOSED"),
     "forward: scale missing": ("scores.py", "s = products * scale", "s = products"),
-    "forward: key tile skipped": ("forward_kernel.py", "tl.maximum(lower, upper), end", "BLOCK_N + tl.maximum(lower, upper), end"),
+    "forward: key tile skipped": ("forward_kernel.py", "tl.range(upper, end", "tl.range(BLOCK_N + upper, end"),
     "forward: one key too many unmasked": ("forward_kernel.py", "tl.minimum(keys, i0 + reach) //", "tl.minimum(keys, i0 + reach + 1) //"),
     "forward: log-sum-exp without the maximum": ("forward_kernel.py", "m_i.to(stat_dtype) + tl.log", "tl.log"),
     "forward: running sum not rescaled": ("forward_kernel.py", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)"),
@@ -103,6 +103,12 @@ KERNELS = {
     "descriptors: rows of the future read": ("call.py", "r = r[:, :, : self.r_rows]", "r = r"),
     "aligned copies: a column short": ("operands.py", "x.device).copy_(x)", "x.device).copy_(x).index_fill_(-1, torch.tensor([x.shape[-1] - 1]), 0)"),
     "log-sum-exp: dead rows count": ("vector_kernels.py", 'tl.where(empty, float("inf"), lse.to', 'tl.where(empty, float("-inf"), lse.to'),
+}  # fmt: skip
+
+# (as above): only compiled kernels show it, so a test of the emulated GPU must notice
+COMPILED = {
+    "compiled: unrolled loop with its end before its start": ("forward_kernel.py", "tl.range(lower, upper, BLOCK_N, loop", "tl.range(lower, tl.minimum(keys, i0 + reach) // BLOCK_N * BLOCK_N, BLOCK_N, loop"),
+    "compiled: scores read and multiplied in one place": ("backward_dq_kernel.py", "ds = of_same + of_others", "ds = ds"),
 }  # fmt: skip
 
 # (tests/patching/test_*.py, file of txl_kernels, what stands there, what is put in its place)
@@ -181,6 +187,9 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     name: Mutation("tests/interpreter", f"txl_kernels/triton_backend/{x[0]}", *x[1:]) for name, x in KERNELS.items()
+}
+MUTATIONS |= {
+    name: Mutation("tests/emulator", f"txl_kernels/triton_backend/{x[0]}", *x[1:]) for name, x in COMPILED.items()
 }
 MUTATIONS |= {
     name: Mutation(f"tests/patching/test_{x[0]}.py", f"txl_kernels/{x[1]}", *x[2:]) for name, x in PATCHES.items()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import DIFFERENTIABLE, Inputs, Options
-from txl_kernels.torch_backend import blocks, one_piece
+from txl_kernels.torch_backend import block_passes, blocks, one_piece
 from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import ALL, cut, part
 from txl_kernels.torch_backend.tiles import Group, cast, groups, sum_dtype
@@ -44,7 +44,7 @@ def backward(
         grads = one_piece.backward(piece, dout, dlse, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
     if blocks.fits(inputs, options):
-        grads = blocks.backward(dout, dlse, inputs, options, wanted, kept)
+        grads = block_passes.backward(dout, dlse, inputs, options, wanted, kept)
         return [grads.get(name) for name in DIFFERENTIABLE]
     dtype, scale = sum_dtype(inputs.q.dtype), options.scale
     # q, q_pos, k and v are done with one group, queries but for the next tile's first (`wrap_future`) with one tile;

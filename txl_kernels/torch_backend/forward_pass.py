@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from txl_kernels.arguments import Inputs, Options
-from txl_kernels.torch_backend import blocks, one_piece, tiles
+from txl_kernels.torch_backend import block_passes, blocks, one_piece, tiles
 from txl_kernels.torch_backend.kept import Kept
 from txl_kernels.torch_backend.terms import needed
 from txl_kernels.torch_backend.tiles import Tile, groups, product_dtype, softmax, sum_dtype
@@ -27,7 +27,7 @@ def forward(inputs: Inputs, options: Options, kept: Kept | None = None) -> tuple
     if (piece := one_piece.one_piece(inputs, options, for_backward=kept is not None)) is not None:
         return one_piece.forward(piece, q, kept)
     if blocks.fits(inputs, options):
-        return blocks.forward(inputs, options, kept)
+        return block_passes.forward(inputs, options, kept)
 
     out, lse = torch.empty_like(q), q.new_empty((B, H, T), dtype=sum_dtype(q.dtype))
     may_be_dead = inputs.key_lengths is not None and options.left >= 0
