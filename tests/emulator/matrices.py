@@ -46,11 +46,21 @@ def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
     return {"bf16": arithmetic.from_bf16, "f16": arithmetic.from_f16}[dtype](bits)
 
 
+def _tf32_operand(registers: list[np.ndarray]) -> np.ndarray:
+    """(warps, n, 8, 4) numbers, of which a thread has one in each of its n registers; their last 13 bits are not read."""
+    bits = np.stack([x.view(np.uint32).reshape(-1, 8, 4) for x in registers], axis=1)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def multiply_warps(a, b, c, dtype: str) -> list[np.ndarray]:
-    """mma.m16n8k16: four new accumulators."""
-    left = _numbers(left_operand(a), dtype)
-    right = _numbers(from_threads(b, False), dtype)  # (warps, 2, 8 columns of the result, 8)
-    right = np.concatenate([right[:, 0], right[:, 1]], axis=2)  # (warps, 8, 16)
+    """mma.m16n8k16, of tf32 m16n8k8: four new accumulators."""
+    if dtype == "tf32":
+        parts, right = _tf32_operand(a), _tf32_operand(b)  # right: (warps, 2, 8 columns of the result, 4)
+        left = np.block([[parts[:, 0], parts[:, 2]], [parts[:, 1], parts[:, 3]]])
+    else:
+        left = _numbers(left_operand(a), dtype)
+        right = _numbers(from_threads(b, False), dtype)  # (warps, 2, 8 columns of the result, 8)
+    right = np.concatenate([right[:, 0], right[:, 1]], axis=2)  # (warps, 8, k)
     product = left @ right.swapaxes(1, 2)  # (warps, 16, 8)
     return [x + y for x, y in zip(c, _accumulators(product), strict=True)]
 

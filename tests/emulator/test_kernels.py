@@ -104,6 +104,18 @@ def test_dropout(launches):
         assert (got[name] - truth).abs().max() <= allowed < (plain[name] - truth).abs().max(), name
 
 
+def test_tf32(launches, monkeypatch):
+    """Where PyTorch may multiply so: numbers with 10 bits behind the point, cut off."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    inputs = make_inputs(1, 2, 70, 90, 64)
+    dout = upstream(inputs)
+    truth, reference = truth_and_reference(inputs, dout)
+    got = outputs_and_gradients(triton_attention, inputs, dout)
+    for name, x in truth.items():
+        error = (got[name] - x).abs().max()
+        assert 10 * tolerance(x, reference[name], 3) < error < 4 * 2**-10 * x.abs().max(), name
+
+
 def seeded(backend: str):
     def attention(**arguments):
         torch.manual_seed(3)

@@ -446,7 +446,8 @@ class _Translator:
 
     def _mma(self, x):
         result, a, b, c = x.operands
-        if x.parts[3:6] != ["m16n8k16", "row", "col"] or (x.parts[6], x.parts[9]) != ("f32", "f32"):
+        shape = "m16n8k8" if x.parts[7] == "tf32" else "m16n8k16"
+        if x.parts[3:6] != [shape, "row", "col"] or (x.parts[6], x.parts[9]) != ("f32", "f32"):
             raise NotEmulatedError(x.text)
         groups = (
             f"({', '.join(self.value(y, kind) for y in group)})" for group, kind in ((a, "i4"), (b, "i4"), (c, "f4"))
