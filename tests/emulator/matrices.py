@@ -47,7 +47,7 @@ def _numbers(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _tf32_operand(registers: list[np.ndarray]) -> np.ndarray:
-    """(warps, n, 8, 4) numbers, of which a thread has one in each of its n registers; their last 13 bits are not read."""
+    """(warps, n, 8, 4) numbers, of which a thread has one a register; their last 13 bits are not read."""
     bits = np.stack([x.view(np.uint32).reshape(-1, 8, 4) for x in registers], axis=1)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
