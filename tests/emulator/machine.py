@@ -378,6 +378,7 @@ class Block:
         self.shared = SharedMemory(shared_bytes, n_threads)
         self.copies, self.barriers, self.products = Copies(self), Barriers(self), Products(self)
         self.executed = 0
+        self.apart: frozenset[int] = frozenset()  # places where threads may be without the others
         self._waiting: dict[int, np.ndarray] = {}
 
     def finish(self) -> None:
@@ -388,7 +389,10 @@ class Block:
         self.shared.interval += 1
 
     def branch(self, some, predicate, target: int, after: int):
-        """(place, who goes on there) behind a branch. Of threads on different ways the furthest behind come first."""
+        """(place, who goes on there) behind a branch. Of threads on different ways the furthest behind come first.
+
+        At other places than those of `apart` they wait for the rest.
+        """
         predicate = np.asarray(predicate)
         if some is None:
             if predicate.ndim == 0 or (predicate == predicate[0]).all():
@@ -400,7 +404,7 @@ class Block:
     def go(self, some, place: int):
         """The same where nobody is asked."""
         self._wait(place, some)
-        place = min(self._waiting)
+        place = min(self._waiting.keys() & self.apart or self._waiting)
         some = self._waiting.pop(place)
         return place, None if some.all() else some
 

@@ -65,6 +65,21 @@ $L__BB0_2:
 	add.s32 %r6, %r6, 1;
 	st.global.b32 [ %rd2 + 0 ], { %r6 };
 """
+# The same where the ways meet in front of where they part, as in a loop that is turned round.
+TURNED = """
+	mov.b32 %r6, %r1;
+	bra.uni $L__BB0_1;
+$L__BB0_3:
+	st.global.b32 [ %rd2 + 0 ], { %r6 };
+	bra.uni $L__BB0_4;
+$L__BB0_1:
+	and.b32 %r5, %r1, 1;
+	setp.eq.b32 %p1, %r5, 0;
+	@%p1 bra $L__BB0_3;
+	add.s32 %r6, %r6, %r6;
+	bra.uni $L__BB0_3;
+$L__BB0_4:
+"""
 
 
 def run(body: str, x: torch.Tensor, blocks: int = 1, n: int = 0) -> torch.Tensor:
@@ -133,6 +148,7 @@ def test_blocks_in_each_others_way_are_noticed():
 
 def test_threads_go_different_ways_through_arithmetic_alone():
     assert run(BRANCH, zeros()).tolist() == [k + 1 if k % 2 == 0 else 2 * k + 1 for k in range(64)]
+    assert run(TURNED, zeros()).tolist() == [k if k % 2 == 0 else 2 * k for k in range(64)]
     with pytest.raises(Error, match="different ways"):
         run(BRANCH.replace("add.s32 %r6, %r6, %r6;", "bar.sync 0;"), zeros())
 

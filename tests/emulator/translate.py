@@ -76,10 +76,11 @@ class _Translator:
         for kind in set(self.stored.values()):
             names = [_name(x) for x, stored in self.stored.items() if stored == kind]
             lines += [f"  {' = '.join(names[k : k + 50])} = undefined({kind!r})" for k in range(0, len(names), 50)]
-        lines += ["  place, some = 0, None", "  while True:"]
+        apart = {k for k, (_, body) in enumerate(blocks) if all(x.parts[0] in ARITHMETIC for x in body)}
+        lines += [f"  block.apart = frozenset({sorted(apart)})", "  place, some = 0, None", "  while True:"]
         for k, (_, instructions) in enumerate(blocks):
             lines += [f"    if place == {k}:", f"      block.executed += {len(instructions)}"]
-            if all(x.parts[0] in ARITHMETIC for x in instructions):
+            if k in apart:
                 lines += ["      if some is not None:", *(f"        {x}" for x in self.run_of(instructions, k, True))]
             else:
                 lines += ["      if some is not None: block.together()"]
