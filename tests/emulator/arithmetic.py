@@ -11,6 +11,8 @@ __all__ = [
 def undefined(kind):
     """What a register has before anything is written to it."""
     kind = np.dtype(kind)
+    if kind.kind == "i":  # halves that are NaN as well
+        return np.array(0x7FFF7FFF7FFF7FFF & np.iinfo(kind).max, kind)
     return np.array(np.nan if kind.kind == "f" else False if kind.kind == "b" else 0x7FFF, kind)
 
 

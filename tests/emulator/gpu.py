@@ -68,6 +68,7 @@ def _run_grid(compiled: CompiledKernel, grid: tuple[int, int], raw: list[bytes],
                 block = Block(memory, (x, y), grid, n_threads, compiled.metadata.shared)
                 run(block, numbers, addresses)
                 block.finish()
+    memory.finish()
 
 
 def _parameters(kernel: Kernel, raw: list[bytes]) -> tuple[dict, dict, list]:

@@ -1,8 +1,9 @@
 """What a block of threads has: memory with its owners, barriers, copies and products that end later than they begin.
 
-Everything asynchronous ends as late as its wait allows, and until then its results are NaN. What a GPU may do wrong
-only now and then is an `Error` here each time: accesses outside of the tensors given or in another thread's way, a wait
-too few, a missing fence between ordinary writes to shared memory and Hopper's asynchronous products.
+Everything asynchronous ends as late as its wait allows, and until then its results are NaN, as is what nobody wrote.
+What a GPU may do wrong only now and then is an `Error` here each time: accesses outside of the tensors given or in
+another thread's way, a wait too few, a missing fence between ordinary writes to shared memory and Hopper's copy engine
+and asynchronous products.
 
 Sources: PTX ISA (memory consistency model, async proxy, mbarrier, cp.async, tensor copies, swizzling modes).
 """
@@ -13,8 +14,9 @@ import numpy as np
 
 from tests.emulator import matrices
 
-WARP = 32
+WARP, GROUP = 32, 128
 SHARED_FIRST = 1024  # address of the first byte of shared memory that a kernel has
+_MARK = np.frombuffer(b"mbarrier", np.uint8)  # what lies where one is
 
 
 class Error(RuntimeError):
@@ -33,13 +35,14 @@ class GlobalMemory:
                 merged.append([first, last])
         self.first = np.array([first for first, _ in merged], np.int64)
         self.last = np.array([last for _, last in merged], np.int64)
-        self._bytes, self._writer = [], []
+        self._bytes, self._writer, self._reader = [], [], []
         for first, last in merged:
             base = first & ~15
             self._bytes.append(
                 (base, np.ctypeslib.as_array((ctypes.c_uint8 * (-(base - last) + 15 & ~15)).from_address(base)))
             )
-            self._writer.append(np.full((last - base) // 2 + 8, -1, np.int32))
+            for blocks in (self._writer, self._reader):  # of every two bytes; -1 is none, -2 several
+                blocks.append(np.full((last - base) // 2 + 8, -1, np.int32))
         self.block = 0
         self.n_threads = 0
 
@@ -49,9 +52,7 @@ class GlobalMemory:
             np.zeros(self.n_threads, kind) for _ in range(count)
         ]
         for extent, chosen, place in groups:
-            writers = self._writer[extent][place // 2]
-            if ((writers >= 0) & (writers != self.block)).any():
-                raise Error("a block reads from global memory what another block of the launch writes")
+            self._on_read(extent, bytes_of(place // 2, max(1, kind.itemsize * count // 2)))
             numbers = self._numbers(extent, kind)
             for k in range(count):
                 results[k][lanes[chosen]] = numbers[place // kind.itemsize + k]
@@ -75,10 +76,20 @@ class GlobalMemory:
         """Bytes of one place, for the copy engine."""
         (extent,) = self._extents(np.array([address]), size)
         base, data = self._bytes[extent]
-        writers = self._writer[extent][(address - base) // 2 : (address - base + size) // 2]
-        if ((writers >= 0) & (writers != self.block)).any():
-            raise Error("a block copies from global memory what another block of the launch writes")
+        self._on_read(extent, slice((address - base) // 2, (address - base + size) // 2))
         return data[address - base : address - base + size]
+
+    def finish(self) -> None:
+        """After the last block: none may have read what a later one wrote."""
+        for writer, reader in zip(self._writer, self._reader, strict=True):
+            if ((writer != -1) & (reader != -1) & (reader != writer)).any():
+                raise Error("a block writes to global memory what another block of the launch reads")
+
+    def _on_read(self, extent, halves):
+        writers, readers = self._writer[extent][halves], self._reader[extent][halves]
+        if ((writers != -1) & (writers != self.block)).any():
+            raise Error("a block reads from global memory what another block of the launch writes")
+        self._reader[extent][halves] = np.where((readers == -1) | (readers == self.block), self.block, -2)
 
     def _lanes(self, address, size, guard):
         """The lanes that take part, and for every tensor which of them and where."""
@@ -110,18 +121,20 @@ class SharedMemory:
     def __init__(self, size: int, n_threads: int) -> None:
         self.first, self.size = SHARED_FIRST, size
         self.n_threads, self.warps = n_threads, np.arange(n_threads) // WARP
-        self.bytes = np.zeros(SHARED_FIRST + size + 15 & ~15, np.uint8)
+        self.bytes = np.full(SHARED_FIRST + size + 15 & ~15, 0xFF, np.uint8)
         n_bytes = len(self.bytes)
         self._written = np.full(n_bytes, -1, np.int32)  # the interval between barriers in which it was
         self._writer = np.zeros(n_bytes, np.int32)  # a warp
         self._read = np.full((n_threads // WARP, n_bytes), -1, np.int32)
         self.unfenced = np.zeros(n_bytes, bool)  # written by threads, which asynchronous products do not see yet
+        self.arriving = np.zeros(n_bytes, bool)  # copied to, not waited for
         self.in_flight = np.zeros(n_bytes, np.int32)  # products that read it have not been waited for
+        self._multiplied = np.full((n_threads // GROUP, n_bytes), -1, np.int32)  # the interval, by each group of warps
         self.interval = 0
 
     def load(self, address, kind, count, guard, old):
         lanes, places = self._lanes(address, kind.itemsize * count, guard)
-        self._on_read(self.touched(places, kind.itemsize * count), self.warps[lanes])
+        self.on_read(bytes_of(places, kind.itemsize * count), self.warps[lanes])
         results = [np.broadcast_to(x, self.n_threads).copy() for x in old] or [
             np.zeros(self.n_threads, kind) for _ in range(count)
         ]
@@ -134,20 +147,20 @@ class SharedMemory:
         kind = values[0].dtype
         size = kind.itemsize * len(values)
         lanes, places = self._lanes(address, size, guard)
-        self.on_write(self.touched(places, size), self.warps[lanes])
+        self.on_write(bytes_of(places, size), self.warps[lanes])
         numbers = self.bytes.view(kind)
         for k, value in enumerate(values):
             numbers[places // kind.itemsize + k] = np.broadcast_to(value, self.n_threads)[lanes]
 
     def load_matrices(self, address, n, transposed):
         rows = self._rows(address, n)
-        self._on_read(self.touched(rows.ravel(), 16), np.repeat(np.arange(len(rows)), 8 * n))
+        self.on_read(bytes_of(rows.ravel(), 16), np.repeat(np.arange(len(rows)), 8 * n))
         halves = self.bytes.view(np.uint16)[rows[..., None] // 2 + np.arange(8)]  # (warps, n, 8 rows, 8 columns)
         return matrices.to_threads(halves, transposed)
 
     def store_matrices(self, address, values, transposed):
         rows = self._rows(address, len(values))
-        self.on_write(self.touched(rows.ravel(), 16), np.repeat(np.arange(len(rows)), 8 * len(values)))
+        self.on_write(bytes_of(rows.ravel(), 16), np.repeat(np.arange(len(rows)), 8 * len(values)))
         values = [np.broadcast_to(x, self.n_threads) for x in values]
         halves = matrices.from_threads(values, transposed)
         self.bytes.view(np.uint16)[rows[..., None] // 2 + np.arange(8)] = halves
@@ -157,8 +170,10 @@ class SharedMemory:
         self.unfenced[:] = False
 
     def on_write(self, touched, warps, by_thread=True) -> None:
-        """Accesses as from `touched`, by a warp each. Not `by_thread`: products see it without a fence."""
+        """Accesses as from `bytes_of`, by a warp each. Not `by_thread`: no fence is needed."""
         warps = warps[:, None]
+        if self.arriving[touched].any():
+            raise Error("a write to shared memory that a copy not yet waited for writes")
         others = (self._written[touched] == self.interval) & (self._writer[touched] != warps)
         if others.any():
             raise Error("two warps write the same place of shared memory with no barrier between")
@@ -167,19 +182,26 @@ class SharedMemory:
                 raise Error("a warp writes to shared memory what another reads, with no barrier between")
         if self.in_flight[touched].any():
             raise Error("a write to shared memory that a product not yet waited for reads")
+        for group, interval in enumerate(self._multiplied):
+            if len(self._multiplied) > 1 and ((interval[touched] == self.interval) & (warps // 4 != group)).any():
+                raise Error("a write to shared memory that other warps may not have multiplied yet")
         self._written[touched] = self.interval
         self._writer[touched] = warps
         self.unfenced[touched] = by_thread
 
-    def _on_read(self, touched, warps) -> None:
+    def on_read(self, touched, warps) -> None:
         warps = warps[:, None]
+        if self.arriving[touched].any():
+            raise Error("a read from shared memory that a copy not yet waited for writes")
         if ((self._written[touched] == self.interval) & (self._writer[touched] != warps)).any():
             raise Error("a warp reads from shared memory what another wrote, with no barrier between")
         self._read[np.broadcast_to(warps, touched.shape), touched] = self.interval
 
     def begin_product(self, elements) -> None:
-        """A product of all warps begins to read elements of 16 bits."""
+        """A product of all warps begins to read elements of 16 bits, (groups of warps, ...)."""
         touched = 2 * elements
+        if self.arriving[touched].any():
+            raise Error("an asynchronous product reads what a copy not yet waited for writes")
         if self.unfenced[touched].any():
             raise Error("an asynchronous product reads what threads wrote, with no fence between")
         if (self._written[touched] == self.interval).any() and len(self._read) > 1:
@@ -190,8 +212,10 @@ class SharedMemory:
         self._count_product(2 * elements, -1)
 
     def _count_product(self, touched, n: int) -> None:
-        np.add.at(self.in_flight, touched, n)
-        np.add.at(self.in_flight, touched + 1, n)
+        for x in (touched, touched + 1):
+            np.add.at(self.in_flight, x, n)
+            for group, places in enumerate(x):
+                self._multiplied[group, places] = self.interval
 
     def _rows(self, address, n):
         """(warps, n, 8) addresses of rows of 16 bytes, from those that threads give."""
@@ -210,11 +234,6 @@ class SharedMemory:
             raise Error(f"an access to shared memory of {size} bytes at {address[address % size != 0][0]}")
         if ((address < self.first) | (address + size > self.first + self.size)).any():
             raise Error(f"an access outside of the {self.size} bytes of shared memory")
-
-    @staticmethod
-    def touched(places, size):
-        """(n places, size): the bytes of each access."""
-        return places[:, None] + np.arange(size)
 
 
 class Copies:
@@ -236,12 +255,13 @@ class Copies:
         wanted[lanes] = given > 0
         kind = np.dtype(np.uint32)
         words = self.block.memory.load(source, kind, size // 4, wanted, (np.zeros(n_threads, kind),) * (size // 4))
-        touched = shared.touched(places, size)
+        touched = bytes_of(places, size)
         warps = shared.warps[lanes]
         shared.on_write(touched, warps)
         numbers = shared.bytes.view(kind)
         for k in range(size // 4):
             numbers[places // 4 + k] = 0xFFFFFFFF  # NaN, until it is waited for
+        shared.arriving[touched] = True
         self._open.append((places, [x[lanes] for x in words], touched, warps))
 
     def commit(self):
@@ -252,6 +272,7 @@ class Copies:
         shared = self.block.shared
         for _ in range(len(self._groups) - n):
             for places, words, touched, warps in self._groups.pop(0):
+                shared.arriving[touched] = False
                 shared.on_write(touched, warps)
                 for k, word in enumerate(words):
                     shared.bytes.view(np.uint32)[places // 4 + k] = word
@@ -269,27 +290,31 @@ class Barriers:
         self._states: dict[int, dict] = {}
 
     def init(self, address, count, guard):
-        for place in self._places(address, guard):
+        for place, warp in self._places(address, guard):
+            self.block.shared.on_write(*self._touched(place, warp), by_thread=False)
             self._states[place] = {"count": count, "missing": count, "bytes": 0, "phase": 0, "copies": []}
+            self._mark(place)[:] = _MARK
 
     def inval(self, address, guard):
-        for place in self._places(address, guard):
+        for place, warp in self._places(address, guard):
+            self._state(place, warp)
+            self.block.shared.on_write(*self._touched(place, warp), by_thread=False)
             if self._states.pop(place)["copies"]:
                 raise Error("a barrier ends before its copies")
 
     def expect(self, address, n_bytes, guard):
-        for place in self._places(address, guard):
-            state = self._state(place)
+        for place, warp in self._places(address, guard):
+            state = self._state(place, warp)
             state["missing"] -= 1
             state["bytes"] += n_bytes
             self._turn(state)
 
-    def add_copy(self, place: int, copy) -> None:
-        self._state(place)["copies"].append(copy)
+    def add_copy(self, place: int, warp: int, copy) -> None:
+        self._state(place, warp)["copies"].append(copy)
 
     def test(self, address, parity):
         place, parity = int(_same(address)), int(_same(parity))
-        state = self._state(place)
+        state = self._state(place, *range(self.block.n_threads // WARP))
         while state["phase"] & 1 == parity:
             if not state["copies"]:
                 raise Error("a barrier is waited for that nothing will complete")
@@ -308,14 +333,22 @@ class Barriers:
             state["phase"] += 1
             state["missing"] = state["count"]
 
-    def _state(self, place):
-        if place not in self._states:
+    def _state(self, place, *warps):
+        """What a barrier is in, for these warps."""
+        if place not in self._states or (self._mark(place) != _MARK).any():
             raise Error("an operation on a barrier that is none")
+        self.block.shared.on_read(*self._touched(place, *warps))
         return self._states[place]
 
+    def _mark(self, place):
+        return self.block.shared.bytes[place : place + 8]
+
+    def _touched(self, place, *warps):
+        return bytes_of(np.full(len(warps), place), 8), np.array(warps)
+
     def _places(self, address, guard):
-        _, places = self.block.shared._lanes(address, 8, guard)
-        return [int(x) for x in places]
+        lanes, places = self.block.shared._lanes(address, 8, guard)
+        return [(int(x), int(lane) // WARP) for x, lane in zip(places, lanes, strict=True)]
 
 
 class Products:
@@ -444,14 +477,23 @@ class Block:
                 raise Error("the copy engine writes to multiples of 128 bytes")
             touched = places.reshape(-1, 1)
             warps = np.full(len(touched), lane // WARP)
+            if self.shared.unfenced[touched].any():
+                raise Error("the copy engine writes where threads wrote, with no fence between")
             self.shared.on_write(touched, warps, by_thread=False)
             self.shared.bytes[places] = 0xFF  # NaN, until it is waited for
+            self.shared.arriving[places] = True
 
             def write(places=places, content=content, touched=touched):
                 self.shared.bytes[places] = content
+                self.shared.arriving[places] = False
                 self.shared._written[touched] = -1  # who waits for the barrier sees it
 
-            self.barriers.add_copy(barrier_, (content.size, write))
+            self.barriers.add_copy(barrier_, lane // WARP, (content.size, write))
+
+
+def bytes_of(places, size):
+    """(n places, size): what each access touches."""
+    return places[:, None] + np.arange(size)
 
 
 def _same(x):

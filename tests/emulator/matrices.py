@@ -103,6 +103,8 @@ def described(descriptor: np.ndarray, n_threads: int, rows: int, columns: int, t
     if base:
         raise NotImplementedError("base offset of a descriptor")
     width = {0: 16, 1: 128, 2: 64, 3: 32}[mode]  # bytes of a row of the swizzled atom
+    if mode and (first % (8 * width) >= width).any():
+        raise NotImplementedError("a matrix that begins within its swizzling pattern")
     i, k = np.arange(rows)[:, None], np.arange(columns)[None, :]
     if transposed:
         atom = width // 2  # elements

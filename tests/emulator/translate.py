@@ -36,6 +36,12 @@ STORED = {
 }
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+# What these may have between their name and their type.
+MODIFIERS = {
+    **{name: {"rn", "ftz", "lo", "wide"} for name in ("add", "sub", "mul", "mad", "fma", "neg", "abs")},
+    **{name: {"rn", "ftz", "approx", "full"} for name in ("div", "rcp", "ex2", "lg2")},
+    **{name: {"ftz", "NaN", "relu"} for name in ("min", "max")},
+}
 # What threads may do apart from each other.
 ARITHMETIC = {
     "abs", "add", "and", "bfe", "bra", "cvt", "div", "ex2", "fma", "lg2", "mad", "max", "min", "mov", "mul", "neg",
@@ -171,6 +177,8 @@ class _Translator:
         guarded = {"ld", "st", "cp", "mbarrier"}
         if method is None or (guard is not None and parts[0] not in guarded):
             raise NotEmulatedError(instruction.text)
+        if parts[0] in MODIFIERS and set(parts[1:-1]) - MODIFIERS[parts[0]]:
+            raise NotEmulatedError(instruction.text)
         try:
             method(instruction)
         except (KeyError, IndexError, ValueError) as error:
@@ -287,24 +295,18 @@ class _Translator:
         self.define(target, f"permuted({a}, {b}, {int(selector.rstrip('U'), 0)})", "u4")
 
     def _setp(self, x):
-        comparison, kind = x.parts[1], KINDS[x.parts[-1]]
+        comparison, type_ = x.parts[1], x.parts[-1]
         target, a, b = x.operands
-        if x.parts[-1] in ("bf16", "f16"):
-            a, b = (f"from_{x.parts[-1]}({self.value(y, kind)})" for y in (a, b))
-        else:
-            a, b = self.value(a, kind), self.value(b, kind)
-        comparison = UNSIGNED.get(comparison, comparison)
-        if comparison == "nan":
-            expression = f"np.isnan({a}) | np.isnan({b})"
-        elif comparison == "num":
-            expression = f"~(np.isnan({a}) | np.isnan({b}))"
-        elif comparison.endswith("u") and comparison[:-1] in COMPARISONS:
-            expression = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | np.isnan({a}) | np.isnan({b})"
-        elif comparison == "ne" and kind[0] == "f":
-            expression = f"({a} != {b}) & ~np.isnan({a}) & ~np.isnan({b})"
-        else:
-            expression = f"{a} {COMPARISONS[comparison]} {b}"
-        self.define(target, expression, "?")
+        if type_ in ("bf16x2", "f16x2"):
+            values = [f"unpacked({self.value(y, 'i4')}, u2)" for y in (a, b)]
+            for half, one in enumerate(target.split("|")):
+                floats = (f"from_{type_[:-2]}({y}[{half}])" for y in values)
+                self.define(one, _compared(comparison, *floats, "f4"), "?")
+            return
+        a, b = (self.value(y, KINDS[type_]) for y in (a, b))
+        if type_ in ("bf16", "f16"):
+            a, b = f"from_{type_}({a})", f"from_{type_}({b})"
+        self.define(target, _compared(comparison, a, b, "f4" if "f" in type_ else KINDS[type_]), "?")
 
     def _selp(self, x):
         target, a, b, p = x.operands
@@ -318,9 +320,9 @@ class _Translator:
         rounding = [y for y in rounding if y != "ftz"]
         if of in ("bf16", "f16") and to in ("f32", "f64"):
             self.define(target, f"from_{of}({source}).astype({KINDS[to]})", KINDS[to])
-        elif to in ("bf16", "f16") and of in ("f32", "f64"):
+        elif to in ("bf16", "f16") and of in ("f32", "f64") and rounding == ["rn"]:
             self.define(target, f"to_{to}({source})", "u2")
-        elif to in ("bf16x2", "f16x2"):
+        elif to in ("bf16x2", "f16x2") and rounding == ["rn"]:
             high, low = (f"to_{to[:-2]}({self.value(y, 'f4')})" for y in operands)
             self.define(target, f"packed({low}, {high})", "i4")
         elif rounding == ["rmi"] and to == of == "f32":
@@ -505,6 +507,20 @@ class _Translator:
 
     def _ret(self, x):
         pass
+
+
+def _compared(comparison: str, a: str, b: str, kind: str) -> str:
+    """The expression of a comparison of numbers; one with NaN fails, but for those that end with u."""
+    comparison = UNSIGNED.get(comparison, comparison)
+    if comparison == "nan":
+        return f"np.isnan({a}) | np.isnan({b})"
+    if comparison == "num":
+        return f"~(np.isnan({a}) | np.isnan({b}))"
+    if comparison.endswith("u") and comparison[:-1] in COMPARISONS:
+        return f"({a} {COMPARISONS[comparison[:-1]]} {b}) | np.isnan({a}) | np.isnan({b})"
+    if comparison == "ne" and kind[0] == "f":
+        return f"({a} != {b}) & ~np.isnan({a}) & ~np.isnan({b})"
+    return f"{a} {COMPARISONS[comparison]} {b}"
 
 
 def _name(register: str) -> str:
