@@ -148,6 +148,13 @@ def test_operands_that_the_copy_engine_cannot_load(launches):
     check(inputs)
 
 
+def test_gradient_of_a_float_mask_by_a_row_for_the_copy_engine(launches, monkeypatch):
+    """Of dk and dv, whose tiles the engine loads; those of the mask's gradient come by pointers all the same."""
+    monkeypatch.setitem(launch_table._HALF["sm_90"]["dkv"], 64, launch_table.Launch(64, 32, 4, 3, 1, True))
+    inputs, options = make_problem({"float mask"}, B=1, H=2, T=70, M=60, D=64, dtype=torch.bfloat16)
+    check(inputs, **options)
+
+
 def test_rows_of_the_table_that_old_compilers_get_wrong(monkeypatch):
     """Before 3.7 pipelined tiles by pointers are not fenced; sm_90 has descriptors then, or no pipeline."""
     monkeypatch.setattr(launch_table, "_FENCES_IN_LOOPS", False)
@@ -158,6 +165,7 @@ def test_rows_of_the_table_that_old_compilers_get_wrong(monkeypatch):
                 assert by_engine.descriptors or by_engine.num_stages == 1
                 assert by_pointers.num_stages == 1
             assert launch_table.launch_for(kernel, "sm_80", D, 2, False).num_stages >= 1
+            assert launch_table.launch_for("dmask", "sm_90", D, 2).num_stages == 1  # never by the engine
     assert launch_table.launch_for("forward", "sm_80", 64, 2, False).num_stages == 2
     assert launch_table.launch_for("few", "sm_90", 64, 2, False).num_stages == 3
 

@@ -112,7 +112,8 @@ def launch_for(kernel: str, generation: str, block_d: int, itemsize: int, descri
 
     describable: whether the copy engine can load the tiles.
     """
-    kernel = "dkv" if kernel == "dmask" else kernel  # the same products, less what they feed
+    if kernel == "dmask":  # the same products, less what they feed, of tiles by pointers
+        kernel, describable = "dkv", False
     rows = _HALF[generation][kernel] if itemsize == 2 else _FLOAT[kernel]
     row = rows[max(64, block_d)]
     if is_fenced(row._replace(descriptors=row.descriptors and describable), kernel, generation, itemsize):
