@@ -15,6 +15,7 @@ from tests.compile.driver import driver_that_launches_nothing
 from tests.emulator.machine import WARP, Block, GlobalMemory
 from tests.emulator.ptx import Kernel, parameter_sizes
 from tests.emulator.translate import translated
+from txl_kernels.triton_backend.plans import Buffer
 
 _ON_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
 
@@ -48,10 +49,19 @@ def emulated_gpu(folder: Path, generation: str) -> Iterator[list[tuple]]:
         hook = ctypes.c_void_p.in_dll(ctypes.CDLL("libcuda.so.1"), "on_launch")
         hook.value = ctypes.cast(callback, ctypes.c_void_p).value
         try:
-            with mock.patch.object(CompiledKernel, "_init_handles", load_and_remember):
+            with (
+                mock.patch.object(CompiledKernel, "_init_handles", load_and_remember),
+                mock.patch.object(Buffer, "allocate", _allocated),
+            ):
                 yield launches
         finally:
             hook.value = None
+
+
+def _allocated(buffer: Buffer, device: torch.device, allocate=Buffer.allocate) -> torch.Tensor:
+    """What a kernel has not written is NaN."""
+    x = allocate(buffer, device)
+    return x if buffer._zeros else x.fill_(torch.nan)
 
 
 def _run_grid(compiled: CompiledKernel, grid: tuple[int, int], raw: list[bytes], arguments: tuple) -> None:

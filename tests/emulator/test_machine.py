@@ -16,6 +16,7 @@ from tests.emulator.machine import SHARED_FIRST, WARP, Block, Error, GlobalMemor
 from tests.emulator.matrices import described
 from tests.emulator.translate import NotEmulatedError, translated
 from txl_kernels import rel_attention
+from txl_kernels.triton_backend.plans import Buffer
 
 HEAD = """
 .version 8.7
@@ -148,6 +149,15 @@ def test_what_nobody_wrote_is_no_number():
     never = run(f"\tbra.uni $L__BB0_1;\n\tmov.b32 %r6, 0;\n$L__BB0_1:\n{store}", zeros())
     assert never.view(torch.float32).isnan().all()
     assert never.view(torch.bfloat16).isnan().all()
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_what_no_kernel_wrote_is_no_number(tmp_path):
+    with gpu.emulated_gpu(tmp_path, "sm_90"):
+        wanted = torch.empty(3, 5, dtype=torch.float16, device="meta")
+        x, zeros = (Buffer(wanted, zeros).allocate(torch.device("cpu")) for zeros in (False, True))
+    assert x.isnan().all()
+    assert not zeros.any()
 
 
 def test_a_barrier_of_the_copy_engine_is_shared_as_other_memory_is():
