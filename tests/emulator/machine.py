@@ -292,7 +292,7 @@ class Barriers:
     def init(self, address, count, guard):
         for place, warp in self._places(address, guard):
             self.block.shared.on_write(*self._touched(place, warp), by_thread=False)
-            self._states[place] = {"count": count, "missing": count, "bytes": 0, "phase": 0, "copies": []}
+            self._states[place] = {"count": count, "missing": count, "bytes": 0, "phase": 0, "copies": [], "seen": -1}
             self._mark(place)[:] = _MARK
 
     def inval(self, address, guard):
@@ -305,6 +305,8 @@ class Barriers:
     def expect(self, address, n_bytes, guard):
         for place, warp in self._places(address, guard):
             state = self._state(place, warp)
+            if state["seen"] == self.block.shared.interval and self.block.n_threads > WARP:
+                raise Error("a next phase of a barrier begins before all warps need have seen the end of this one")
             state["missing"] -= 1
             state["bytes"] += n_bytes
             self._turn(state)
@@ -322,6 +324,7 @@ class Barriers:
             write()
             state["bytes"] -= n_bytes
             self._turn(state)
+        state["seen"] = self.block.shared.interval
         return np.bool_(True)
 
     def finish(self):

@@ -166,8 +166,12 @@ def test_a_barrier_of_the_copy_engine_is_shared_as_other_memory_is():
         run(ENGINE.replace("bar.sync 0;", "", 1), zeros())
     with pytest.raises(Error, match="what another reads"):
         run("".join(ENGINE.rsplit("bar.sync 0;", 1)), zeros())
+    arrival = "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 0;"
+    run(ENGINE.replace("@%p1 mbarrier.inval", f"{arrival}\n\t@%p1 mbarrier.inval"), zeros())
+    with pytest.raises(Error, match="a next phase of a barrier"):
+        run(ENGINE.replace("}", f"}}\n\t{arrival}"), zeros())
     with pytest.raises(Error, match="that nothing will complete"):
-        run(ENGINE.replace("@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 0;", ""), zeros())
+        run(ENGINE.replace(arrival, ""), zeros())
     with pytest.raises(Error, match="a barrier that is none"):
         run(ENGINE.replace("bar.sync 0;", "@%p1 st.shared.b32 [ %r2 + 4 ], %r1;\n\tbar.sync 0;", 1), zeros())
 
