@@ -146,9 +146,10 @@ def test_a_copy_not_waited_for_is_noticed():
 def test_what_nobody_wrote_is_no_number():
     store = "\tst.global.b32 [ %rd2 + 0 ], { %r6 };\n"
     assert run(f"\tld.shared.b32 %r6, [%r4];\n{store}", zeros()).tolist() == [-1] * 64
-    never = run(f"\tbra.uni $L__BB0_1;\n\tmov.b32 %r6, 0;\n$L__BB0_1:\n{store}", zeros())
-    assert never.view(torch.float32).isnan().all()
-    assert never.view(torch.bfloat16).isnan().all()
+    for text in (store, f"\tbra.uni $L__BB0_1;\n\tmov.b32 %r6, 0;\n$L__BB0_1:\n{store}"):
+        never = run(text, zeros())
+        assert never.view(torch.float32).isnan().all()
+        assert never.view(torch.bfloat16).isnan().all()
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

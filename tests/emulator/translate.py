@@ -60,6 +60,7 @@ def translated(text: str) -> tuple[Kernel, Callable]:
     draft = _Translator(kernel, {})
     draft.source()
     kinds = {name: max(kinds, key=lambda kind: (kinds[kind], kind)) for name, kinds in draft.defined.items()}
+    kinds = draft.read | kinds  # what nothing is written to is read as well
     source = _Translator(kernel, kinds).source()
     names = {name: getattr(arithmetic, name) for name in dir(arithmetic) if not name.startswith("_")}
     names |= {kind: np.dtype(kind) for kind in STORED}
@@ -72,6 +73,7 @@ class _Translator:
         self.kernel = kernel
         self.stored = stored
         self.defined: dict[str, Counter] = {}
+        self.read: dict[str, str] = {}
         self.lines: list[str] = []
         self.by_some = False
 
@@ -120,6 +122,7 @@ class _Translator:
             return f"i4.type({'block.grid' if match[1] == 'nctaid' else 'block.index'}[{'xyz'.index(match[2])}])"
         if operand.startswith("%"):
             stored = self.stored.get(operand, STORED[kind])
+            self.read[operand] = stored
             if stored[1:] > kind[1:]:  # the low bits of a wider register
                 return f"{_name(operand)}.view(u{stored[1:]}).astype(u{kind[1:]}).view({kind})"
             return _name(operand) if stored == kind else f"{_name(operand)}.view({kind})"
