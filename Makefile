@@ -42,9 +42,11 @@ bench-smoke: $(VENV)/ready
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-# Registers, spills, shared memory and instructions of every kernel for every GPU generation; needs no GPU.
+# Registers, spills, shared memory and instructions of every kernel for every GPU generation, and what kernels do when
+# they run; needs no GPU.
 resources: $(VENV)/ready
 	$(RUN) -m tests.compile > benchmarks/resources.md
+	$(RUN) -m tests.emulator >> benchmarks/resources.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-transfo-xl .pytest_cache .ruff_cache .benchmarks build dist *.egg-info

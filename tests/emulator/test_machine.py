@@ -14,6 +14,7 @@ from tests.compile.driver import MISSING
 from tests.emulator import gpu
 from tests.emulator.machine import SHARED_FIRST, WARP, Block, Error, GlobalMemory, SharedMemory
 from tests.emulator.matrices import described
+from tests.emulator.traffic import counted
 from tests.emulator.translate import NotEmulatedError, translated
 from txl_kernels import rel_attention
 from txl_kernels.triton_backend.plans import Buffer
@@ -100,7 +101,7 @@ $L__BB0_4:
 """
 
 
-def run(body: str, x: torch.Tensor, blocks: int = 1, n: int = 0) -> torch.Tensor:
+def run(body: str, x: torch.Tensor, blocks: int = 1, n: int = 0, shared_bytes: int = 256) -> torch.Tensor:
     """Runs a program of 64 threads a block on a tensor, which it returns."""
     _, program = translated(f"{HEAD}{body}\n\tret;\n$L__func_end0:\n}}\n")
     memory = GlobalMemory([(x.data_ptr(), x.data_ptr() + x.nbytes)])
@@ -109,7 +110,7 @@ def run(body: str, x: torch.Tensor, blocks: int = 1, n: int = 0) -> torch.Tensor
     with np.errstate(all="ignore"):
         for k in range(blocks):
             memory.block = k
-            block = Block(memory, (k, 0), (blocks, 1), 64, 256)
+            block = Block(memory, (k, 0), (blocks, 1), 64, shared_bytes)
             program(block, parameters, {})
             block.finish()
     memory.finish()
@@ -242,6 +243,21 @@ def test_threads_go_different_ways_through_arithmetic_alone():
     assert run(TURNED, zeros()).tolist() == [k if k % 2 == 0 else 2 * k for k in range(64)]
     with pytest.raises(Error, match="different ways"):
         run(BRANCH.replace("add.s32 %r6, %r6, %r6;", "bar.sync 0;"), zeros())
+
+
+def test_traffic_is_counted():
+    """A thread's number to shared memory, one or two words apart, and to every second word of global memory."""
+    program = EXCHANGE.replace("[ %r4 + 0 ], %r1", "[ %r5 + 0 ], %r1").replace("[%r5]", "[%r4]")
+    program = program.replace("xor.b32 %r5, %r3, 128", "mov.b32 %r5, %r3")
+    apart = "\tmad.wide.s32 %rd2, %r1, 8, %rd1;\n\tshl.b32 %r5, %r1, {};\n\tadd.s32 %r5, %r5, %r2;\n"
+    load = "\tld.global.b32 { %r7 }, [ %rd2 + 0 ];\n"
+    for shift, passes in ((2, 2 + 2), (3, 4 + 2)):
+        with counted() as counts:
+            run(apart.format(shift) + load + program, zeros(128), shared_bytes=512)
+        (n,) = counts.values()
+        assert (n["accesses"], n["fewest passes"], n["passes"]) == (4, 4, passes)
+        assert (n["loads"], n["fewest sectors"], n["sectors"]) == (2, 2 * 4, 2 * 8)
+        assert (n["barriers"], n["instructions"]) == (1, 64 * (6 + 3 + 1 + 6 + 1))
 
 
 def test_what_is_not_emulated_says_so():
