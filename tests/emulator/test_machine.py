@@ -302,6 +302,7 @@ def test_instructions(text, numbers, result):
     ("sm_90", r"bar\.sync 	0;"),
     ("sm_90", r"fence\.proxy\.async\.shared::cta;"),
     ("sm_90", r"wgmma\.wait_group\.sync\.aligned 0;"),
+    ("sm_90", r"wgmma\.fence\.sync\.aligned;"),
     ("sm_90", r"\{\n\t\.reg \.pred complete;\n[^}]*\}"),
 ], ids=lambda x: re.sub(r"\W+", "", x))  # fmt: skip
 def test_a_real_kernel_without_its_barriers_is_noticed(generation, step, tmp_path):
