@@ -6,6 +6,7 @@ tensor descriptors; libcuda.c checks the limits of the driver.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import shutil
 import subprocess
@@ -41,10 +42,16 @@ class _Driver(nvidia.CudaDriver):
                 super().__call__(*args)
                 after(*args)
 
-        self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher
+        self.utils, self.launcher_cls = _utils(), Launcher
         self.get_device_capability = lambda device=0: divmod(int(generation.removeprefix("sm_")), 10)
         self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: 0
+
+
+@functools.cache
+def _utils() -> nvidia.CudaUtils:
+    """Once a process: launchers that Triton 3.6 has loaded know no other's tensor maps."""
+    return nvidia.CudaUtils()
 
 
 @contextlib.contextmanager
