@@ -363,9 +363,9 @@ class Products:
         self._groups: list[list] = []
 
     def issue(self, accumulators, left, right, accumulate, shape, dtype, transposed_left, transposed_right, fenced):
-        """New accumulators, NaN until the wait. `fenced`: nothing else wrote its registers since a wgmma.fence."""
+        """New accumulators, NaN until the wait. `fenced`: behind a wgmma.fence; for what is written after it ptxas cares."""
         if not fenced:
-            raise Error("an asynchronous product whose registers were written since the last wgmma.fence")
+            raise Error("an asynchronous product with no wgmma.fence in front")
         block, n_threads = self.block, self.block.n_threads
         m, n, k = matrices.shape_of(shape)
         inputs = [np.broadcast_to(x, n_threads) for x in accumulators]

@@ -284,6 +284,7 @@ def integers(text: str, *numbers: int) -> int:
     ("prmt.b32 %r5, %r6, 0, 0x7778U", (0x80,), 0xFF), ("min.relu.s32 %r5, %r6, %r7", (-3, 5), 0),
     ("setp.lt.u32 %p1, %r6, %r7;\n\tselp.b32 %r5, 1, 0, %p1", (-1, 1), 0),
     ("setp.lt.s32 %p1, %r6, %r7;\n\tselp.b32 %r5, 1, 0, %p1", (-1, 1), 1),
+    ("st.shared.b32 [%r4], %r6;\n\tld.shared.b16 %r7, [%r4];\n\tshr.u32 %r5, %r7, 8", (0x12348765,), 0x87),
     ("setp.lt.bf16x2 %p1|%p2, %r6, %r7;\n\tselp.b32 %r5, 1, 0, %p2", (0x3F803F80, 0x40003F80), 1),
     ("setp.lt.bf16x2 %p1|%p2, %r6, %r7;\n\tselp.b32 %r5, 1, 0, %p1", (0x3F803F80, 0x40003F80), 0),
     ("cvt.rn.bf16x2.f32 %r5, %r6, %r7", (0x3F808000, 0x3F818000), 0x3F803F82),  # to even between two

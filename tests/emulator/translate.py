@@ -74,7 +74,7 @@ class _Translator:
         self.stored = stored
         self.defined: dict[str, Counter] = {}
         self.read: dict[str, str] = {}
-        self.since_fence: set[str] | None = None  # registers written since the block's last wgmma.fence
+        self.fenced = False  # whether the basic block has had a wgmma.fence
         self.lines: list[str] = []
         self.by_some = False
 
@@ -98,7 +98,7 @@ class _Translator:
 
     def run_of(self, instructions: list[Instruction], k: int, by_some: bool) -> list[str]:
         """The lines of basic block k, by all threads or by some, and the way to the next."""
-        self.lines, self.by_some, self.since_fence = [], by_some, None
+        self.lines, self.by_some, self.fenced = [], by_some, False
         for instruction in instructions:
             if instruction.parts[0] != "bra":
                 self.emit(instruction)
@@ -124,6 +124,8 @@ class _Translator:
         if operand.startswith("%"):
             stored = self.stored.get(operand, STORED[kind])
             self.read[operand] = stored
+            if stored[1:] < kind[1:]:
+                raise NotEmulatedError(f"{operand}, {stored}, as {kind}")
             if stored[1:] > kind[1:]:  # the low bits of a wider register
                 return f"{_name(operand)}.view(u{stored[1:]}).astype(u{kind[1:]}).view({kind})"
             return _name(operand) if stored == kind else f"{_name(operand)}.view({kind})"
@@ -157,9 +159,10 @@ class _Translator:
     def define(self, register: str, expression: str, kind: str) -> None:
         """register = expression, which is of a dtype."""
         stored = STORED[kind]
+        declared = self.kernel.registers.get(register.rstrip("0123456789"), "")
+        if stored[0] == "u" and declared[1:] in ("32", "64"):
+            stored = f"i{int(declared[1:]) // 8}"
         self.defined.setdefault(register, Counter())[stored] += 1
-        if self.since_fence is not None:
-            self.since_fence.add(register)
         wanted = self.stored.get(register, stored)
         if kind[1:] < wanted[1:]:  # into a wider register, with zeros or its sign
             expression = f"({expression}).astype({kind[0]}{wanted[1:]})"
@@ -465,7 +468,7 @@ class _Translator:
 
     def _wgmma(self, x):
         if x.parts[1] == "fence":
-            self.since_fence = set()
+            self.fenced = True
             return
         if x.parts[1] == "commit_group":
             self.lines.append("block.products.commit()")
@@ -480,17 +483,13 @@ class _Translator:
             left, transposed_a = f"({', '.join(self.value(y, 'i4') for y in a)})", "0"
         else:
             left, transposed_a = self.value(a, "i8"), transposed[0]
-        given = {*result, *(a if isinstance(a, list) else ())}
-        fenced = self.since_fence is not None and not self.since_fence & given
         accumulators = ", ".join(self.value(y, "f4") for y in result)
         self.define_all(
             result,
             f"block.products.issue(({accumulators}), {left}, {self.value(b, 'i8')}, {self.value(accumulate, '?')}, "
-            f"{x.parts[4]!r}, {x.parts[6]!r}, {transposed_a}, {transposed[-1]}, {fenced})",
+            f"{x.parts[4]!r}, {x.parts[6]!r}, {transposed_a}, {transposed[-1]}, {self.fenced})",
             "f4",
         )
-        if self.since_fence is not None:  # the next one may go on with them
-            self.since_fence -= set(result)
 
     # Threads
 
