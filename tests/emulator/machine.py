@@ -363,7 +363,7 @@ class Products:
         self._groups: list[list] = []
 
     def issue(self, accumulators, left, right, accumulate, shape, dtype, transposed_left, transposed_right, fenced):
-        """New accumulators, NaN until the wait. `fenced`: behind a wgmma.fence; for what is written after it ptxas cares."""
+        """New accumulators, NaN until the wait. `fenced`: behind a wgmma.fence; what is written later ptxas orders."""
         if not fenced:
             raise Error("an asynchronous product with no wgmma.fence in front")
         block, n_threads = self.block, self.block.n_threads
