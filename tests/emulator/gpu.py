@@ -12,7 +12,8 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.compile.driver import driver_that_launches_nothing
-from tests.emulator.machine import WARP, Block, GlobalMemory
+from tests.emulator.machine import Block
+from tests.emulator.memory import WARP, GlobalMemory
 from tests.emulator.ptx import Kernel, parameter_sizes
 from tests.emulator.translate import translated
 from txl_kernels.triton_backend.plans import Buffer

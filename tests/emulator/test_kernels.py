@@ -1,7 +1,7 @@
 """The compiled kernels on an emulated GPU, instruction by instruction, against the definition: sm_80 and sm_90.
 
 What the interpreter cannot see is here: Triton's layouts, its pipelines of copies and asynchronous products, barriers,
-fences, tensor maps. `machine.Error` says where a GPU might go wrong without always doing so.
+fences, tensor maps. `memory.Error` says where a GPU might go wrong without always doing so.
 """
 
 import functools

@@ -11,11 +11,12 @@ import torch
 
 from tests.accuracy import make_inputs, outputs_and_gradients
 from tests.compile.driver import MISSING
-from tests.emulator import gpu
-from tests.emulator.machine import SHARED_FIRST, WARP, Block, Error, GlobalMemory, SharedMemory
+from tests.emulator import gpu, traffic
+from tests.emulator.machine import Block
 from tests.emulator.matrices import described
-from tests.emulator.traffic import counted
-from tests.emulator.translate import NotEmulatedError, translated
+from tests.emulator.memory import SHARED_FIRST, WARP, Error, GlobalMemory, SharedMemory
+from tests.emulator.registers import NotEmulatedError
+from tests.emulator.translate import translated
 from txl_kernels import rel_attention
 from txl_kernels.triton_backend.plans import Buffer
 
@@ -101,12 +102,12 @@ $L__BB0_4:
 """
 
 
-def run(body: str, x: torch.Tensor, blocks: int = 1, n: int = 0, shared_bytes: int = 256) -> torch.Tensor:
+def run(body: str, x: torch.Tensor, blocks: int = 1, shared_bytes: int = 256) -> torch.Tensor:
     """Runs a program of 64 threads a block on a tensor, which it returns."""
     _, program = translated(f"{HEAD}{body}\n\tret;\n$L__func_end0:\n}}\n")
     memory = GlobalMemory([(x.data_ptr(), x.data_ptr() + x.nbytes)])
     memory.n_threads = 64
-    parameters = {"program_param_0": np.int64(x.data_ptr()), "program_param_1": np.int32(n)}
+    parameters = {"program_param_0": np.int64(x.data_ptr()), "program_param_1": np.int32(0)}
     with np.errstate(all="ignore"):
         for k in range(blocks):
             memory.block = k
@@ -252,12 +253,18 @@ def test_traffic_is_counted():
     apart = "\tmad.wide.s32 %rd2, %r1, 8, %rd1;\n\tshl.b32 %r5, %r1, {};\n\tadd.s32 %r5, %r5, %r2;\n"
     load = "\tld.global.b32 { %r7 }, [ %rd2 + 0 ];\n"
     for shift, passes in ((2, 2 + 2), (3, 4 + 2)):
-        with counted() as counts:
+        with traffic.counted() as counts:
             run(apart.format(shift) + load + program, zeros(128), shared_bytes=512)
         (n,) = counts.values()
         assert (n["accesses"], n["fewest passes"], n["passes"]) == (4, 4, passes)
         assert (n["loads"], n["fewest sectors"], n["sectors"]) == (2, 2 * 4, 2 * 8)
         assert (n["barriers"], n["instructions"]) == (1, 64 * (6 + 3 + 1 + 6 + 1))
+
+
+@pytest.mark.parametrize(("size", "apart", "passes"), [(4, 4, 1), (4, 128, 32), (8, 8, 2), (16, 16, 4), (16, 128, 32)])
+def test_passes_of_wide_accesses(size, apart, passes):
+    """Half a warp is served at once with 8 bytes a thread, a quarter with 16."""
+    assert traffic._passes(apart * np.arange(WARP), size) == (passes, size // 4)
 
 
 def test_what_is_not_emulated_says_so():

@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 
 from tests.emulator import gpu
-from tests.emulator.machine import WARP, Block, GlobalMemory, SharedMemory
+from tests.emulator.machine import Block
+from tests.emulator.memory import WARP, GlobalMemory, SharedMemory
 
 BANKS, SECTOR = 32, 32
 
